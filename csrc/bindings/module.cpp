@@ -1,0 +1,153 @@
+// marlin.host: the host-side rooms for Python without Torch. Packing on NumPy arrays, and a look
+// into what the C++ knows (format, instruction sets).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/half.h"
+#include "cpu/backend.h"
+#include "cpu/pack.h"
+#include "format/scale_order.h"
+#include "format/weight_words.h"
+
+namespace py = pybind11;
+using namespace marlin;
+
+namespace {
+
+// Runs body(first, last) over [0, count) on all cores.
+template <typename Body>
+void parallel(int64_t count, const Body& body) {
+  const int64_t threads =
+      std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, std::max<int64_t>(count, 1));
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t)
+    others.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
+  body(0, count / threads);
+  for (auto& thread : others) thread.join();
+}
+
+void expect(bool ok, const char* argument, const std::string& expected, const py::array& got) {
+  if (ok) return;
+  const py::object shape = got.attr("shape");
+  throw py::value_error(std::string("marlin.host: ") + argument + ": expected " + expected +
+                        ", got " + py::str(got.dtype()).cast<std::string>() + " " +
+                        py::str(shape).cast<std::string>());
+}
+
+void expect_array(const py::array& array, const char* argument, const py::dtype& dtype,
+                  const std::string& expected) {
+  const bool contiguous = (array.flags() & py::array::c_style) != 0;
+  expect(array.ndim() == 2 && contiguous && array.dtype().is(dtype), argument,
+         "C-contiguous " + expected, array);
+}
+
+struct Weight {
+  int64_t k, n, groups;
+};
+
+int64_t check_scales(const py::array& s) {
+  expect_array(s, "scales", py::dtype("float16"), "float16 (groups, n)");
+  expect(s.shape(0) > 0 && s.shape(1) > 0 && s.shape(1) % kTileColumns == 0, "scales",
+         "(groups, n) with n a multiple of 64", s);
+  return s.shape(0);
+}
+
+Weight check_words(const py::array& b) {
+  expect_array(b, "b", py::dtype("int32"), "int32 (k / 16, 2 n)");
+  expect(b.shape(0) > 0 && b.shape(1) > 0 && b.shape(1) % kTileWords == 0, "b",
+         "(k / 16, 2 n) with n a multiple of 64", b);
+  return {b.shape(0) * kTileRows, b.shape(1) / 2, 1};
+}
+
+py::array pack(const py::array& codes) {
+  expect_array(codes, "codes", py::dtype("uint8"), "uint8 (k, n)");
+  const int64_t k = codes.shape(0), n = codes.shape(1);
+  expect(k > 0 && n > 0 && k % kTileRows == 0 && n % kTileColumns == 0, "codes",
+         "(k, n) with k a multiple of 16 and n of 64", codes);
+  py::array_t<int32_t> b({k / kTileRows, 2 * n});
+  auto* words = reinterpret_cast<uint32_t*>(b.mutable_data());
+  const auto* source = static_cast<const uint8_t*>(codes.data());
+  std::vector<uint8_t> seen(k / kTileRows);
+  {
+    py::gil_scoped_release release;
+    parallel(k / kTileRows, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        seen[row] = cpu::pack_tile_rows(source, n, row, row + 1, words);
+    });
+  }
+  if (std::any_of(seen.begin(), seen.end(), [](uint8_t bits) { return bits > 15; }))
+    throw py::value_error("marlin.host: codes: expected values 0..15, got a larger one");
+  return b;
+}
+
+py::array unpack(const py::array& b) {
+  const Weight weight = check_words(b);
+  py::array_t<uint8_t> codes({weight.k, weight.n});
+  const auto* words = static_cast<const uint32_t*>(b.data());
+  uint8_t* target = codes.mutable_data();
+  py::gil_scoped_release release;
+  parallel(weight.k / kTileRows, [&](int64_t first, int64_t last) {
+    cpu::unpack_tile_rows(words, weight.n, first, last, target);
+  });
+  return codes;
+}
+
+template <auto reorder>
+py::array reorder_scales(const py::array& scales) {
+  const int64_t groups = check_scales(scales), n = scales.shape(1);
+  py::array result(py::dtype("float16"), {groups, n});
+  const auto* source = static_cast<const uint16_t*>(scales.data());
+  auto* target = static_cast<uint16_t*>(result.mutable_data());
+  for (int64_t group = 0; group < groups; ++group)
+    reorder(source + group * n, n, groups == 1, target + group * n);
+  return result;
+}
+
+py::array dequantize(const py::array& b, const py::array& s) {
+  const Weight weight = check_words(b);
+  const int64_t groups = check_scales(s);
+  expect(s.shape(1) == weight.n && weight.k % groups == 0 && (weight.k / groups) % kTileRows == 0,
+         "scales", "(groups, n) that match b", s);
+  py::array_t<float> values({weight.k, weight.n});
+  const cpu::PackedWeight packed{static_cast<const uint32_t*>(b.data()), s.data(), Dtype::kF16,
+                                 weight.k, weight.n, groups};
+  float* target = values.mutable_data();
+  py::gil_scoped_release release;
+  const cpu::Kernels& kernels = *cpu::find_kernels("");
+  parallel(weight.k / kTileRows, [&](int64_t first, int64_t last) {
+    for (int64_t strip = 0; strip < weight.n / kTileColumns; ++strip)
+      kernels.dequantize(packed, first * kTileRows, last * kTileRows, strip,
+                         target + first * kTileRows * weight.n + strip * kTileColumns, weight.n);
+  });
+  return values;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(host, m) {
+  m.doc() = "Marlin's host-side C++ for NumPy: packing, and a look into format and kernels.";
+  m.def("pack", &pack, py::arg("codes"), "codes uint8 (k, n), 0..15 -> words int32 (k / 16, 2 n)");
+  m.def("unpack", &unpack, py::arg("b"), "words int32 (k / 16, 2 n) -> codes uint8 (k, n)");
+  m.def("pack_scales", &reorder_scales<cpu::pack_scale_row>, py::arg("scales"),
+        "float16 (groups, n) in column order -> in Marlin's order");
+  m.def("unpack_scales", &reorder_scales<cpu::unpack_scale_row>, py::arg("s"),
+        "float16 (groups, n) in Marlin's order -> in column order");
+  m.def("dequantize", &dequantize, py::arg("b"), py::arg("s"),
+        "words and float16 scales, both in Marlin's order -> float32 (k, n)");
+  m.def("cpu_kernels", [] {
+    std::vector<std::string> names;
+    for (const cpu::Kernels* kernels : cpu::available_kernels()) names.emplace_back(kernels->name);
+    return names;
+  }, "Names of the CPU kernels that this machine runs, fastest first.");
+  m.def("place_in_tile", [](int word, int nibble) {
+    const TilePlace place = place_in_tile(word, nibble);
+    return std::pair(place.row, place.column);
+  }, py::arg("word"), py::arg("nibble"), "(row, column) of a 16 x 64 tile's code.");
+}

@@ -1,0 +1,115 @@
+#include "cpu/pack.h"
+
+#include <cstring>
+
+#include "core/half.h"
+#include "format/scale_order.h"
+#include "format/weight_words.h"
+
+namespace marlin::cpu {
+namespace {
+
+void load_halves(const uint16_t* source, int64_t count, Dtype dtype, float* destination) {
+  if (dtype == Dtype::kF16)
+    for (int64_t i = 0; i < count; ++i) destination[i] = half_to_float(source[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) destination[i] = bfloat16_to_float(source[i]);
+}
+
+// The eight words that share (pair, block) differ only in the lane's column, 0..7, and take their
+// codes from eight neighbouring bytes: the loop over them is the one the compiler vectorizes.
+constexpr int kColumns = 8;
+constexpr int word_index(int column, int pair, int block) {
+  return 4 * (4 * column + pair) + block;
+}
+
+}  // namespace
+
+uint8_t pack_tile_rows(const uint8_t* codes, int64_t n, int64_t first, int64_t last,
+                       uint32_t* words) {
+  uint8_t seen[kColumns] = {};
+  for (int64_t tile_row = first; tile_row < last; ++tile_row) {
+    for (int64_t strip = 0; strip < n / kTileColumns; ++strip) {
+      const uint8_t* tile = codes + tile_row * kTileRows * n + strip * kTileColumns;
+      uint32_t* out = words + tile_offset(tile_row, strip, n);
+      for (int pair = 0; pair < 4; ++pair) {
+        for (int block = 0; block < 4; ++block) {
+          uint32_t word[kColumns] = {};
+          for (int nibble = 0; nibble < kCodesPerWord; ++nibble) {
+            const uint8_t* source =
+                tile + (2 * pair + nibble_row(nibble)) * n + 16 * block + nibble_column(nibble);
+            for (int c = 0; c < kColumns; ++c) {
+              seen[c] |= source[c];
+              word[c] |= static_cast<uint32_t>(source[c] & 0xf) << (4 * nibble);
+            }
+          }
+          for (int c = 0; c < kColumns; ++c) out[word_index(c, pair, block)] = word[c];
+        }
+      }
+    }
+  }
+  uint8_t all = 0;
+  for (uint8_t byte : seen) all |= byte;
+  return all;
+}
+
+void unpack_tile_rows(const uint32_t* words, int64_t n, int64_t first, int64_t last,
+                      uint8_t* codes) {
+  for (int64_t tile_row = first; tile_row < last; ++tile_row) {
+    for (int64_t strip = 0; strip < n / kTileColumns; ++strip) {
+      const uint32_t* in = words + tile_offset(tile_row, strip, n);
+      uint8_t* tile = codes + tile_row * kTileRows * n + strip * kTileColumns;
+      for (int pair = 0; pair < 4; ++pair) {
+        for (int block = 0; block < 4; ++block) {
+          uint32_t word[kColumns];
+          for (int c = 0; c < kColumns; ++c) word[c] = in[word_index(c, pair, block)];
+          for (int nibble = 0; nibble < kCodesPerWord; ++nibble) {
+            uint8_t* target =
+                tile + (2 * pair + nibble_row(nibble)) * n + 16 * block + nibble_column(nibble);
+            for (int c = 0; c < kColumns; ++c) target[c] = word[c] >> (4 * nibble) & 0xf;
+          }
+        }
+      }
+    }
+  }
+}
+
+void pack_scale_row(const uint16_t* natural, int64_t n, bool per_column, uint16_t* packed) {
+  for (int64_t column = 0; column < n; ++column)
+    packed[scale_position(column, per_column)] = natural[column];
+}
+
+void unpack_scale_row(const uint16_t* packed, int64_t n, bool per_column, uint16_t* natural) {
+  for (int64_t column = 0; column < n; ++column)
+    natural[column] = packed[scale_position(column, per_column)];
+}
+
+void load_strip_scales(const PackedWeight& weight, int64_t group, int64_t strip, float* scales) {
+  uint16_t natural[kTileColumns];
+  const int64_t offset = group * weight.n + strip * kTileColumns;
+  unpack_scale_row(static_cast<const uint16_t*>(weight.scales) + offset, kTileColumns,
+                   weight.groups == 1, natural);
+  load_halves(natural, kTileColumns, weight.scale_dtype, scales);
+}
+
+void store_floats(const float* source, int64_t count, Dtype dtype, void* destination) {
+  auto* half = static_cast<uint16_t*>(destination);
+  switch (dtype) {
+    case Dtype::kF32: std::memcpy(destination, source, count * sizeof(float)); break;
+    case Dtype::kF16:
+      for (int64_t i = 0; i < count; ++i) half[i] = float_to_half(source[i]);
+      break;
+    case Dtype::kBF16:
+      for (int64_t i = 0; i < count; ++i) half[i] = float_to_bfloat16(source[i]);
+      break;
+  }
+}
+
+void load_floats(const void* source, int64_t count, Dtype dtype, float* destination) {
+  if (dtype == Dtype::kF32)
+    std::memcpy(destination, source, count * sizeof(float));
+  else
+    load_halves(static_cast<const uint16_t*>(source), count, dtype, destination);
+}
+
+}  // namespace marlin::cpu

@@ -1,0 +1,41 @@
+// Small helpers on stable-ABI tensors: describing, converting and making them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+#include <sstream>
+#include <string>
+
+#include "core/types.h"
+
+namespace marlin::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+std::string join(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+// Throws "marlin::mul: b: expected ..., got ...", a RuntimeError in Python.
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected,
+                       const std::string& got);
+
+std::string device_name(const Tensor& tensor);  // "cuda:0"
+std::string describe(const Tensor& tensor);     // "Half (16, 4096) on cuda:0"
+
+ScalarType scalar_type(Dtype dtype);
+bool is_cuda(const Tensor& tensor);
+
+// An uninitialized contiguous tensor on like's device. Goes straight to the allocator: a trip
+// through the dispatcher would cost each call half a microsecond.
+Tensor empty_beside(const Tensor& like, std::span<const int64_t> sizes, ScalarType type);
+Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
+
+}  // namespace marlin::ops

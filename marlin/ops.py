@@ -1,0 +1,206 @@
+"""The operators: loading the two libraries, shapes for tracing, the gradient, and thin functions.
+
+The only module that touches ``torch.ops.marlin``. Every precondition is checked in
+``csrc/torch/checks.cpp``; a violated one is a ``RuntimeError`` that names the argument, what was
+expected and what came.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_HERE = Path(__file__).parent
+TILE_ROWS = 16  # rows (k) and columns (n) of a tile of the packed weight
+TILE_COLUMNS = 64
+GROUP_SIZES = (32, 64, 128)  # beside one group for all of k ("per column")
+
+
+def _load(name: str) -> None:
+    path = _HERE / f"{name}.so"
+    if not path.exists():
+        raise ImportError(
+            f"marlin: {path} is missing: the package was not built. Expected it after "
+            "`pip install .` or `pip install --no-build-isolation -e .`"
+        )
+    torch.ops.load_library(path)
+
+
+def build_report() -> dict:
+    """What this build holds: ``cuda`` (bool), ``why_no_cuda``, ``torch``, ``nvcc``, ``archs``."""
+    path = _HERE / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {"cuda": False}
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA operators are not there, in a sentence; None if they are."""
+    return _why_no_cuda
+
+
+def _load_cuda() -> str | None:
+    if not (_HERE / "_ops_cuda.so").exists():
+        return build_report().get("why_no_cuda") or "this build has no CUDA library"
+    try:
+        _load("_ops_cuda")
+    except OSError as error:
+        return f"its CUDA library does not load: {error}"
+    return None
+
+
+_load("_ops")
+_why_no_cuda = _load_cuda()
+_ops = torch.ops.marlin
+
+
+def _refuse_cuda(name: str):
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"marlin::{name}: no CUDA operators: {_why_no_cuda}")
+
+    return refuse
+
+
+OPERATORS = ("mul", "mul.out", "mul_inference", "pack", "unpack", "pack_scales", "unpack_scales",
+             "dequantize")  # fmt: skip
+if _why_no_cuda is not None:
+    for _name in OPERATORS:
+        torch.library.impl(f"marlin::{_name}", "CUDA", _refuse_cuda(_name))
+
+
+# Shapes for FakeTensors, torch.compile and export. Sizes may be symbolic, so what they must satisfy
+# goes through torch._check; types and devices are checked by the real operators.
+
+
+def _fake_mul(a, b, s, bias=None, config=None):
+    torch._check(a.dim() > 0, lambda: "marlin::mul: a: expected (..., k), got a scalar")
+    torch._check(
+        a.shape[-1] == b.shape[0] * TILE_ROWS,
+        lambda: f"marlin::mul: a: expected (..., k) with k = 16 · {b.shape[0]} like b, "
+        f"got {tuple(a.shape)}",
+    )
+    return a.new_empty((*a.shape[:-1], b.shape[1] // 2))
+
+
+torch.library.register_fake("marlin::mul", _fake_mul)
+torch.library.register_fake("marlin::mul_inference", _fake_mul)
+
+
+@torch.library.register_fake("marlin::mul.out")
+def _fake_mul_out(a, b, s, bias=None, config=None, *, out):
+    _fake_mul(a, b, s, bias, config)
+
+
+@torch.library.register_fake("marlin::pack")
+def _fake_pack(codes):
+    k, n = codes.shape
+    return codes.new_empty((k // TILE_ROWS, 2 * n), dtype=torch.int32)
+
+
+@torch.library.register_fake("marlin::unpack")
+def _fake_unpack(b):
+    return b.new_empty((b.shape[0] * TILE_ROWS, b.shape[1] // 2), dtype=torch.uint8)
+
+
+@torch.library.register_fake("marlin::pack_scales")
+def _fake_pack_scales(scales):
+    return torch.empty_like(scales)
+
+
+@torch.library.register_fake("marlin::unpack_scales")
+def _fake_unpack_scales(s):
+    return torch.empty_like(s)
+
+
+@torch.library.register_fake("marlin::dequantize")
+def _fake_dequantize(b, s, dtype=None):
+    return b.new_empty((b.shape[0] * TILE_ROWS, b.shape[1] // 2), dtype=dtype or s.dtype)
+
+
+# The gradient: Y = a · W + bias is linear, and W is frozen.
+
+
+def _save_for_backward(ctx, inputs, output):
+    a, b, s, bias, _config = inputs
+    ctx.save_for_backward(b, s)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    b, s = ctx.saved_tensors
+    grad_a = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_a = grad @ _ops.dequantize(b, s, grad.dtype).t()
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_a, None, None, grad_bias, None
+
+
+torch.library.register_autograd("marlin::mul", _backward, setup_context=_save_for_backward)
+
+
+def matmul(
+    a: Tensor, b: Tensor, s: Tensor, bias: Tensor | None = None, config: str | None = None
+) -> Tensor:
+    """``a · W + bias`` with the packed weight ``W``, differentiable in ``a`` and ``bias``.
+
+    Args:
+        a: activations (..., k), float16 or bfloat16, on the CPU also float32. Any strides; rows
+            that are not contiguous and 16-byte aligned are copied.
+        b: packed words, int32 (k / 16, 2 n), contiguous; k a multiple of 16, n of 64.
+        s: scales in Marlin's order (``pack_scales``), float16 or bfloat16 (groups, n): one group,
+            or groups of 32, 64 or 128 rows.
+        bias: (n,) in any of the three types, or None.
+        config: name of a kernel configuration, for tests; the best is chosen without.
+
+    Returns:
+        (..., n) of a's dtype, accumulated in float32.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    # A registered gradient costs a call microseconds even where none is needed.
+    needs_grad = a.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return _ops.mul.default(a, b, s, bias, config)
+    return _ops.mul_inference.default(a, b, s, bias, config)
+
+
+def matmul_out(
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    config: str | None = None,
+) -> None:
+    """Like `matmul`, written to ``out`` (..., n): contiguous, of a's dtype. Not differentiable."""
+    _ops.mul.out(a, b, s, bias, config, out=out)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Packs codes uint8 (k, n), values 0..15, into words int32 (k / 16, 2 n); k % 16, n % 64 = 0.
+
+    On CUDA, values above 15 are cut to their low four bits (telling would mean to wait for the
+    device); on the CPU they are an error.
+    """
+    return _ops.pack.default(codes)
+
+
+def unpack(b: Tensor) -> Tensor:
+    """The codes uint8 (k, n) of words int32 (k / 16, 2 n): the inverse of `pack`."""
+    return _ops.unpack.default(b)
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """Reorders scales (groups, n) from column order into Marlin's. One group is "per column"."""
+    return _ops.pack_scales.default(scales)
+
+
+def unpack_scales(s: Tensor) -> Tensor:
+    """Reorders scales (groups, n) from Marlin's order into column order."""
+    return _ops.unpack_scales.default(s)
+
+
+def dequantize(b: Tensor, s: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (k, n) = (code - 8) · scale, rounded to ``dtype`` (default: that of ``s``)."""
+    return _ops.dequantize.default(b, s, dtype)

@@ -1,0 +1,1 @@
+"""What tests and benches share: shapes, metrics, timing, random problems."""
