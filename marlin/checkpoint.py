@@ -1,0 +1,449 @@
+"""Marlin checkpoints of Hugging Face models: a directory with config.json and safetensors.
+
+What a directory holds beside what transformers itself would write there:
+  config.json           `quantization_config` with `quant_method` "marlin", `bits`, `group_size`,
+                        `sym`, `modules_to_not_convert`, `format_version`
+  *.safetensors         for every packed layer `X.B` (int32 words), `X.s` (scales), `X.bias`;
+                        everything else under its usual name
+transformers is imported by the functions that need it, not with this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from marlin.layer import (
+    SCALE_DTYPES,
+    MarlinLinear,
+    PackedModule,
+    dense_layers,
+    dense_weight,
+)
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be what it says it is."""
+
+
+# ------------------------------------------------------------------------------------- saving
+
+
+def save_pretrained(model, directory, tokenizer=None, max_shard_size: int | str = "5GB") -> None:
+    """Writes a model with Marlin layers as a checkpoint that `load_pretrained` reads.
+
+    Everything is written to a folder of its own and renamed into place at the end: a save that
+    is interrupted leaves what was there. Files of other kinds in the directory stay in it.
+
+    Args:
+        model: a `transformers.PreTrainedModel` with at least one Marlin layer.
+        directory: made if need be, with its parents.
+        tokenizer: anything with `save_pretrained(directory)`.
+        max_shard_size: a file holds no more, say "5GB", unless one tensor alone does.
+
+    Raises:
+        ValueError: a model without Marlin layers, or with ones that are empty.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.quantization_config = quantization_config(model)
+    tensors = stored_tensors(model)
+    with staged(Path(directory)) as stage:
+        config.save_pretrained(stage)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        write_shards(tensors, stage, max_shard_size)
+
+
+def quantization_config(model: nn.Module) -> dict:
+    """The `quantization_config` that describes a model's Marlin layers."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
+    if not layers:
+        raise ValueError("the model has no Marlin layers: quantize it first")
+    for name, layer in layers.items():
+        if layer.s.is_meta or not torch.isfinite(layer.s).all():
+            raise ValueError(f"{name}: scales are not finite; was the layer ever filled?")
+    sizes = {name: group_size(layer) for name, layer in layers.items()}
+    usual = Counter(sizes.values()).most_common(1)[0][0]
+    config = {
+        "quant_method": "marlin",
+        "bits": 4,
+        "group_size": usual,
+        "sym": True,
+        "modules_to_not_convert": sorted({dense.name for dense in dense_layers(model)}),
+        "format_version": FORMAT_VERSION,
+    }
+    others = {name: size for name, size in sizes.items() if size != usual}
+    if others:
+        config["group_size_overrides"] = others
+    return config
+
+
+def group_size(layer: PackedModule) -> int:
+    """Rows that share a scale; -1 for one scale per column."""
+    groups = layer.s.shape[0]
+    return -1 if groups == 1 else layer.B.shape[0] * 16 // groups
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without the second names of one tensor that the loader will tie again:
+    those that the model's class declares, and those of a module that hangs in two places."""
+    state = model.state_dict()
+    sources = getattr(model, "all_tied_weights_keys", {})
+    modules = {name for name, _ in model.named_modules()}  # the first name of each
+    tensors = {}
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device: there is nothing to save")
+        source = state.get(sources.get(name))
+        tied = source is not None and source.data_ptr() == tensor.data_ptr()
+        if not tied and name.rpartition(".")[0] in modules:
+            tensors[name] = tensor
+    return tensors
+
+
+def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size) -> None:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        shard, storages = {}, set()
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            if (storage := tensor.untyped_storage().data_ptr()) in storages:
+                tensor = tensor.clone()  # a file cannot hold two views of one storage
+            storages.add(storage)
+            shard[name] = tensor
+        save_file(shard, directory / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder to write into, whose content takes the old checkpoint's place at the end.
+
+    It lies inside target, so that this works on mounted directories too.
+    """
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield stage
+        install(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if made and not any(target.iterdir()):
+            target.rmdir()
+
+
+def install(stage: Path, target: Path) -> None:
+    """Moves the old checkpoint's files aside, the new ones in, then drops the old.
+
+    config.json goes first and comes last: whoever looks in between finds no checkpoint rather
+    than parts of two. Nothing is deleted before everything is in its place.
+    """
+    new = {path.name for path in stage.iterdir()}
+    old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
+    aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
+    config_last = lambda name: name == "config.json"  # noqa: E731
+    moves = [(target / name, aside / name) for name in sorted(old, key=config_last, reverse=True)]
+    moves += [(stage / name, target / name) for name in sorted(new, key=config_last)]
+    done = []
+    try:
+        for source, destination in moves:
+            source.rename(destination)
+            done.append((source, destination))
+    except BaseException:
+        for source, destination in reversed(done):
+            destination.rename(source)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+def belongs(filename: str) -> bool:
+    """Whether a file is part of a checkpoint, even if a new one has none of that name."""
+    weights = filename.startswith("model") and filename.endswith(".safetensors")
+    return weights or filename in (INDEX, "generation_config.json")
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def load_pretrained(
+    directory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+):
+    """Loads a checkpoint that `save_pretrained` wrote, with `MarlinLinear` layers.
+
+    The model is built without memory for its parameters, which then come from the files one
+    after another, so the peak is about the size of the checkpoint. No code or pickle from the
+    directory is run.
+
+    Args:
+        directory: of the checkpoint.
+        device: where the model goes.
+        dtype: of what is not packed (scales keep the type they were stored in); by default
+            as stored.
+
+    Returns:
+        The `transformers.PreTrainedModel`, in evaluation mode.
+
+    Raises:
+        CheckpointError: files that are missing, damaged, or do not fit the configuration.
+    """
+    directory = Path(directory)
+    config, quantization = read_config(directory)
+    files = list_tensors(directory)
+    model = empty_model(config, dtype)
+    insert_layers(model, quantization, set(files))
+    fill(model, directory, files, torch.device(device), dtype)
+    model.to(device)  # buffers that are not stored
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
+
+
+def read_config(directory: Path):
+    """The model's configuration and its `quantization_config`, checked."""
+    from transformers import AutoConfig
+
+    raw = read_json(directory / "config.json")
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "marlin":
+        raise CheckpointError(
+            f"{directory}: expected quantization_config with quant_method 'marlin' in "
+            f"config.json, got {quantization!r}"
+        )
+    expected = {"bits": 4, "sym": True, "format_version": FORMAT_VERSION}
+    for key, value in expected.items():
+        if quantization.get(key) != value:
+            raise CheckpointError(
+                f"{directory}: quantization_config: expected {key}={value}, "
+                f"got {quantization.get(key)!r}"
+            )
+    types = {"group_size": int, "modules_to_not_convert": list, "group_size_overrides": dict}
+    for key, kind in types.items():
+        if not isinstance(quantization.setdefault(key, kind()), kind):
+            raise CheckpointError(f"{directory}: quantization_config: {key} must be {kind}")
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a configuration class makes of a bad file
+        raise CheckpointError(f"{directory}: config.json: {error}") from error
+    return config, quantization
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def list_tensors(directory: Path) -> dict[str, str]:
+    """Every tensor's file, from the index and from the files themselves."""
+    if (directory / INDEX).is_file():
+        claimed = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(claimed, dict) or not claimed:
+            raise CheckpointError(f"{directory / INDEX}: no weight_map")
+        for filename in claimed.values():
+            # An index comes with the download: it may name files of this directory only.
+            plain = isinstance(filename, str) and filename == Path(filename).name
+            if not plain or not filename.endswith(".safetensors") or "\\" in filename:
+                raise CheckpointError(f"{directory / INDEX}: bad file name {filename!r}")
+    else:
+        claimed = None
+    found = {}
+    for filename in sorted(set(claimed.values())) if claimed else [WEIGHTS]:
+        with open_shard(directory / filename) as shard:
+            for name in shard.keys():  # noqa: SIM118 (a safe_open is no dict)
+                if name in found:
+                    raise CheckpointError(f"{directory}: {name} is in two files")
+                found[name] = filename
+    if claimed is not None and claimed != found:
+        wrong = sorted(n for n in claimed | found if claimed.get(n) != found.get(n))
+        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
+    return found
+
+
+@contextlib.contextmanager
+def open_shard(path: Path, device: str = "cpu") -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt", device=device) as shard:
+            yield shard
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def empty_model(config, dtype: torch.dtype | None):
+    """The model of a configuration, its parameters on the meta device, its buffers real.
+
+    Buffers are computed by the constructors (rotary frequencies, say), and what is not stored
+    has no other source; they are small.
+    """
+    import transformers
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    name = (config.architectures or ["(none)"])[0]
+    architecture = getattr(transformers, name, None)
+    if not (
+        isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+    ):
+        raise CheckpointError(f"config.json: transformers has no model {name!r}")
+
+    def forget(module, attribute, parameter):
+        if parameter is None or parameter.is_meta:
+            return None  # as it is: a tied parameter must stay the same object
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(forget)
+    try:
+        return architecture._from_config(config, dtype=dtype or config.dtype)
+    except Exception as error:  # likewise
+        raise CheckpointError(f"config.json does not describe a {name}: {error}") from error
+    finally:
+        hook.remove()
+
+
+def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None:
+    """Puts an empty MarlinLinear where the files have one, checked against the configuration."""
+    own = model.state_dict().keys()
+    packed = {name.removesuffix(".B") for name in names - own if name.endswith(".B")}
+    kept = set(map(str, quantization["modules_to_not_convert"]))
+    overrides = quantization["group_size_overrides"]
+    places = defaultdict(list)  # a layer may hang in several
+    for dense in dense_layers(model):
+        places[dense.module].append(dense)
+
+    if unknown := packed - {dense.name for found in places.values() for dense in found}:
+        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    if both := packed & kept:
+        raise CheckpointError(f"packed, but in modules_to_not_convert: {some(both)}")
+    for linear, found in places.items():
+        name = next((dense.name for dense in found if dense.name in packed), None)
+        if name is None:
+            if not any(dense.name in kept for dense in found):
+                raise CheckpointError(
+                    f"{found[0].name}: missing tensor {found[0].name}.B, "
+                    "and modules_to_not_convert does not list it"
+                )
+            continue
+        k, n = dense_weight(linear).shape
+        size = overrides.get(name, quantization["group_size"])
+        try:
+            layer = MarlinLinear(k, n, linear.bias is not None, group_size=size, device="meta")
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        for dense in found:
+            dense.replace(layer)
+
+
+def fill(
+    model: nn.Module,
+    directory: Path,
+    files: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Reads every tensor into the model's parameters and persistent buffers."""
+    slots = list_slots(model)
+    if unexpected := files.keys() - slots.keys():
+        raise CheckpointError(f"{directory}: unexpected tensors: {some(unexpected)}")
+    filled = set()
+    for filename in sorted(set(files.values())):
+        with open_shard(directory / filename, str(device)) as shard:
+            for name in sorted(n for n, f in files.items() if f == filename):
+                slot = slots[name]
+                if id(slot) in filled:
+                    raise CheckpointError(f"{directory}: {name} is tied and stored twice")
+                filled.add(id(slot))
+                slot.set(name, shard.get_tensor(name), dtype)
+    if missing := {name for name, slot in slots.items() if id(slot) not in filled}:
+        raise CheckpointError(f"{directory}: missing tensors: {some(missing)}")
+
+
+class Slot:
+    """A tensor of a model: all the places where it hangs."""
+
+    def __init__(self, current: torch.Tensor):
+        self.current = current
+        self.places: list[tuple[nn.Module, str]] = []
+
+    def set(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> None:
+        module, attribute = self.places[0]
+        scales = isinstance(module, PackedModule) and attribute == "s"
+        self.check(name, tensor, scales)
+        floating = tensor.is_floating_point()
+        if dtype is not None and floating and not scales:
+            tensor = tensor.to(dtype)
+        if isinstance(self.current, nn.Parameter):
+            tensor = nn.Parameter(tensor, self.current.requires_grad and floating)
+        for module, attribute in self.places:
+            # Not setattr: models may wrap it, and the kind of entry does not change.
+            entries = module._parameters if attribute in module._parameters else module._buffers
+            entries[attribute] = tensor
+
+    def check(self, name: str, tensor: torch.Tensor, scales: bool) -> None:
+        expected = self.current
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{name}: expected shape {tuple(expected.shape)}, got {tuple(tensor.shape)}"
+            )
+        if scales:
+            if tensor.dtype not in SCALE_DTYPES:
+                raise CheckpointError(f"{name}: expected FP16 or BF16 scales, got {tensor.dtype}")
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name}: scales are not finite")
+        elif expected.is_floating_point():
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{name}: expected floating point, got {tensor.dtype}")
+        elif tensor.dtype != expected.dtype:
+            raise CheckpointError(f"{name}: expected {expected.dtype}, got {tensor.dtype}")
+
+
+def list_slots(model: nn.Module) -> dict[str, Slot]:
+    """What a state dict of the model would hold, by name; tied names share their slot."""
+    slots, by_tensor = {}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        transient = module._non_persistent_buffers_set
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or attribute in transient:
+                continue
+            slot = by_tensor.setdefault(id(tensor), Slot(tensor))
+            slot.places.append((module, attribute))
+            slots[f"{path}.{attribute}".lstrip(".")] = slot
+    return slots
+
+
+def some(names) -> str:
+    """A few of many names, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

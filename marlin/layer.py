@@ -1,0 +1,323 @@
+"""Linear layers whose weight stays packed in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from marlin import ops
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def resolve_group_size(in_features: int, group_size: int) -> int:
+    """The number of rows that share a scale; -1 stands for all of them.
+
+    Raises ValueError where the format cannot hold the layer, and says which sizes it could.
+    """
+    size = in_features if group_size == -1 else group_size
+    if in_features <= 0 or in_features % ops.TILE_ROWS:
+        raise ValueError(
+            f"in_features must be a positive multiple of {ops.TILE_ROWS}, got {in_features}"
+        )
+    fitting = [g for g in ops.GROUP_SIZES if in_features % g == 0]
+    if size in fitting or size == in_features:
+        return size
+    raise ValueError(
+        f"group_size={group_size} does not fit in_features={in_features}; sizes that do: "
+        + ", ".join(map(str, [*fitting, "-1 (one scale per column)"]))
+    )
+
+
+class PackedModule(nn.Module):
+    """What every layer with packed weights shares: buffers `B` (words) and `s` (scales).
+
+    Casting a model (`.half()`, `.bfloat16()`, `.float()`, `.to(dtype)`) leaves `s` alone. The
+    kernels take FP16 and BF16 scales whatever the activations are, a cast would only round
+    them, and FP32 scales would be useless. Moves between devices work as for any module.
+    """
+
+    B: torch.Tensor
+    s: torch.Tensor
+    bias: torch.Tensor | None
+
+    def _apply(self, fn, recurse=True):
+        dtype, was_meta = self.s.dtype, self.s.is_meta
+        # fn may cast floating-point tensors: show it the scales as integers of the same size.
+        self._buffers["s"] = self.s.view(torch.int16)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers["s"] = self.s.view(dtype)
+        if was_meta and not self.s.is_meta:  # to_empty(): memory nobody has written
+            mark_empty(self)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # A layer keeps its checkpoint's scales: take over their type rather than round them.
+        loaded = state_dict.get(prefix + "s")
+        dtype = loaded.dtype if torch.is_tensor(loaded) else None
+        if dtype in SCALE_DTYPES and dtype != self.s.dtype:
+            self._buffers["s"] = torch.empty_like(self.s, dtype=dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def mark_empty(layer: PackedModule) -> None:
+    """NaN scales and bias, so that forgetting to load can never look like a result."""
+    layer.s.fill_(float("nan"))
+    if layer.bias is not None:
+        layer.bias.fill_(float("nan"))
+
+
+class MarlinLinear(PackedModule):
+    """`y = x W + bias` with `W` (in_features, out_features) in 4 bits.
+
+    Buffers, and so the state dict, are `B` int32 (k/16, 2n), `s` FP16 or BF16 (groups, n) and,
+    if there is one, `bias` (out_features,). There n is out_features rounded up to a multiple of
+    64, since the format has whole tiles only; results are cut back to out_features.
+
+    A new layer is empty: its scales are NaN until a state dict is loaded. `from_quantized` and
+    `from_linear` make full ones.
+
+    Activations are FP16 or BF16, on the CPU FP32 too, in any number of leading dimensions; the
+    result has their type. Under autocast they are cast as `nn.Linear`'s are. FP32 activations
+    on a GPU are computed in the type of the scales and the result is cast back, so a model
+    that was sent through `.float()` still works, at that type's precision.
+
+    Args:
+        in_features: k, a multiple of group_size.
+        out_features: any.
+        bias: whether there is one.
+        group_size: rows that share a scale: 32, 64, 128, or -1 for one scale per column.
+        dtype: of scales and bias, torch.float16 or torch.bfloat16.
+        device: of the buffers.
+
+    Raises:
+        ValueError: sizes or dtype the format does not have.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        group_size: int = 128,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if out_features <= 0:
+            raise ValueError(f"out_features must be positive, got {out_features}")
+        if dtype not in SCALE_DTYPES:
+            raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = resolve_group_size(in_features, group_size)
+        stored = padded(out_features)
+        groups = in_features // self.group_size
+        self.register_buffer(
+            "B", torch.empty(in_features // 16, 2 * stored, dtype=torch.int32, device=device)
+        )
+        self.register_buffer("s", torch.empty(groups, stored, dtype=dtype, device=device))
+        self.register_buffer(
+            "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        )
+        mark_empty(self)
+
+    @classmethod
+    def from_quantized(
+        cls, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> MarlinLinear:
+        """A layer whose weight is `(codes - 8) * scales`.
+
+        Args:
+            codes: uint8 (k, n), values 0 to 15.
+            scales: FP16 or BF16 (groups, n); groups divide k.
+            bias: (n,), or None; stored in the type of the scales.
+
+        Raises:
+            ValueError: shapes, types or codes that do not fit.
+        """
+        if codes.dim() != 2 or scales.dim() != 2 or codes.shape[1] != scales.shape[1]:
+            raise ValueError(
+                "expected codes (k, n) and scales (groups, n), "
+                f"got {tuple(codes.shape)} and {tuple(scales.shape)}"
+            )
+        k, n = codes.shape
+        groups = scales.shape[0]
+        if groups == 0 or k % groups:
+            raise ValueError(f"{groups} groups of scales do not divide k={k}")
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"codes must be torch.uint8, got {codes.dtype}")
+        if not codes.is_meta and codes.numel() and codes.max() > 15:
+            raise ValueError(f"codes must be 0 to 15, got {codes.max().item()}")
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"bias must be ({n},), got {tuple(bias.shape)}")
+        # Everything is about to be replaced: build the frame without memory.
+        layer = cls(
+            k, n, bias is not None, group_size=k // groups, dtype=scales.dtype, device="meta"
+        )
+        extra = padded(n) - n
+        if extra:
+            codes = F.pad(codes, (0, extra), value=8)
+            scales = F.pad(scales, (0, extra))
+        layer.B = ops.pack(codes.contiguous())
+        layer.s = ops.pack_scales(scales.contiguous())
+        if bias is not None:
+            layer.bias = bias.detach().to(codes.device, scales.dtype, copy=True)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, group_size: int = 128, dtype: torch.dtype | None = None
+    ) -> MarlinLinear:
+        """Rounds a dense layer to the nearest 4-bit values (see `round_to_nearest`).
+
+        Args:
+            linear: an `nn.Linear`, or the transposed `Conv1D` of GPT-2.
+            group_size: rows that share a scale, or -1.
+            dtype: of the scales; by default the weight's own if it is FP16 or BF16, else FP16.
+
+        Raises:
+            ValueError: no group of that size, or weights that are not finite.
+        """
+        weight = dense_weight(linear)
+        if dtype is None:
+            dtype = weight.dtype if weight.dtype in SCALE_DTYPES else torch.float16
+        codes, scales = round_to_nearest(weight, group_size, dtype)
+        return cls.from_quantized(codes, scales, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features), of x's type."""
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        if x.dtype is torch.float32 and kind == "cuda":
+            return self._product(x.to(self.s.dtype)).to(torch.float32)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        extra = self.s.shape[1] - self.out_features
+        if not extra:
+            return ops.matmul(x, self.B, self.s, bias)
+        if bias is not None:
+            bias = F.pad(bias, (0, extra))
+        y = ops.matmul(x, self.B, self.s, bias)
+        return y[..., : self.out_features].contiguous()
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense weight (out_features, in_features), as `nn.Linear` holds it."""
+        weight = ops.dequantize(self.B, self.s)
+        return weight[:, : self.out_features].t().contiguous()
+
+    def extra_repr(self) -> str:
+        group = -1 if self.group_size == self.in_features else self.group_size
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, group_size={group}, dtype={self.s.dtype}"
+        )
+
+
+def padded(columns: int) -> int:
+    """The stored width of a layer of that many output columns."""
+    return -(-columns // ops.TILE_COLUMNS) * ops.TILE_COLUMNS
+
+
+def round_to_nearest(
+    weight: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 (k, n) and scales (groups, n) of the values nearest to weight (k, n).
+
+    The scale of a group is its largest magnitude / 7.5, so that it spends all 16 codes.
+    """
+    k, n = weight.shape
+    size = resolve_group_size(k, group_size)
+    groups = weight.detach().float().reshape(k // size, size, n)
+    # Rounded first: the codes must suit the scale that is stored.
+    scales = (groups.abs().amax(1, keepdim=True) / 7.5).to(dtype)
+    if not torch.isfinite(scales).all():
+        raise ValueError(f"weights are not finite, or too large for scales in {dtype}")
+    scales[scales == 0] = 1  # nothing but zeros (or nearly): code 8 says so with any scale
+    codes = (groups / scales.float()).round_().add_(8).clamp_(0, 15).to(torch.uint8)
+    return codes.reshape(k, n), scales.reshape(-1, n)
+
+
+class DenseLayer(NamedTuple):
+    """Where a dense layer hangs in a model: `getattr(parent, attribute)`."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+
+    def replace(self, module: nn.Module) -> None:
+        setattr(self.parent, self.attribute, module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    # By name: transformers is not imported for the sake of one class.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight as (in_features, out_features)."""
+    return linear.weight if is_conv1d(linear) else linear.weight.t()
+
+
+def dense_layers(model: nn.Module, prefix: str = "") -> Iterator[DenseLayer]:
+    """Every `nn.Linear` and `Conv1D` inside model, containers included, with its dotted name.
+
+    One that hangs in several places comes up once for each. The projection inside
+    `nn.MultiheadAttention` does not: that module reads its weight without calling it.
+    """
+    for path, parent in list(model.named_modules(prefix=prefix, remove_duplicate=False)):
+        for attribute, child in list(parent._modules.items()):
+            is_linear = isinstance(child, nn.Linear)
+            if isinstance(child, NonDynamicallyQuantizableLinear):
+                continue
+            if is_linear or (child is not None and is_conv1d(child)):
+                yield DenseLayer(f"{path}.{attribute}".lstrip("."), parent, attribute, child)
+
+
+def quantize(
+    model: nn.Module,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype | None = None,
+    skip: Collection[str] = ("lm_head",),
+) -> list[str]:
+    """Rounds every dense layer of a model to 4 bits, in place, without calibration.
+
+    Quick, and a baseline for `python -m gptq quantize`, which loses less.
+
+    Args:
+        model: anything with `nn.Linear` or `Conv1D` layers.
+        group_size: rows that share a scale, or -1.
+        dtype: of the scales, see `MarlinLinear.from_linear`.
+        skip: dotted names, or last parts of them, to leave alone.
+
+    Returns:
+        The names of the layers that stay dense: the skipped, and those group_size does not fit.
+    """
+    kept, done = [], {}
+    for dense in dense_layers(model):
+        name, linear = dense.name, dense.module
+        fits = True
+        try:
+            resolve_group_size(dense_weight(linear).shape[0], group_size)
+        except ValueError:
+            fits = False
+        if not fits or name in skip or name.rpartition(".")[2] in skip:
+            kept.append(name)
+            continue
+        if linear not in done:  # shared layers stay shared
+            done[linear] = MarlinLinear.from_linear(linear, group_size, dtype)
+        dense.replace(done[linear].train(linear.training))
+    return kept
