@@ -21,6 +21,7 @@ def write_ninja_file(plan: BuildPlan, folder: Path) -> dict[str, Path]:
     outputs = {}
     with open(folder / "build.ninja", "w") as stream:
         ninja = Writer(stream, width=100)
+        ninja.variable("builddir", str(folder))  # where ninja keeps its logs
         ninja.variable("cxx", plan.cxx)
         ninja.variable("nvcc", plan.nvcc or "nvcc")
         for name, (command, description) in RULES.items():

@@ -145,7 +145,7 @@ def plan_build(root: Path) -> BuildPlan:
         libraries.append(
             Library(
                 "_ops_cuda",
-                ["csrc/torch/cuda_ops.cpp", *border, *kernels],
+                ["csrc/torch/cuda_ops.cpp", "csrc/dispatch/device.cpp", *border, *kernels],
                 [*torch_flags, f"-isystem{cuda_home / 'include'}"],
                 [f"-L{torch_lib}", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10",
                  f"-L{cuda_home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"],

@@ -122,7 +122,7 @@ def _fake_dequantize(b, s, dtype=None):
 def _save_for_backward(ctx, inputs, output):
     a, b, s, bias, _config = inputs
     ctx.save_for_backward(b, s)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype = bias.dtype if bias is not None and bias.requires_grad else None
 
 
 def _backward(ctx, grad):
@@ -130,7 +130,7 @@ def _backward(ctx, grad):
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_a = grad @ _ops.dequantize(b, s, grad.dtype).t()
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_dtype is not None:
         grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_a, None, None, grad_bias, None
 

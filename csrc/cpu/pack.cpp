@@ -16,40 +16,52 @@ void load_halves(const uint16_t* source, int64_t count, Dtype dtype, float* dest
     for (int64_t i = 0; i < count; ++i) destination[i] = bfloat16_to_float(source[i]);
 }
 
-// The eight words that share (pair, block) differ only in the lane's column, 0..7, and take their
-// codes from eight neighbouring bytes: the loop over them is the one the compiler vectorizes.
+// The eight words that share (pair, block) differ only in the lane's column, 0..7.
 constexpr int kColumns = 8;
 constexpr int word_index(int column, int pair, int block) {
   return 4 * (4 * column + pair) + block;
 }
 
+// Rows r and r + 8 of a pair share a byte of the word, so bytes are made for all 64 columns at once.
+void pack_tile(const uint8_t* tile, int64_t n, uint32_t* words, uint8_t* seen) {
+  for (int pair = 0; pair < 4; ++pair) {
+    uint8_t bytes[2][kTileColumns];  // rows 2 pair + {0, 8} and 2 pair + {1, 9}
+    for (int odd = 0; odd < 2; ++odd) {
+      const uint8_t* low = tile + (2 * pair + odd) * n;
+      const uint8_t* high = low + 8 * n;
+      for (int c = 0; c < kTileColumns; ++c) {
+        seen[c] |= low[c] | high[c];
+        bytes[odd][c] = static_cast<uint8_t>((low[c] & 0xf) | high[c] << 4);
+      }
+    }
+    for (int block = 0; block < 4; ++block) {
+      for (int c = 0; c < kColumns; ++c) {
+        const int left = 16 * block + c, right = left + 8;
+        words[word_index(c, pair, block)] =
+            static_cast<uint32_t>(bytes[0][left]) | static_cast<uint32_t>(bytes[0][right]) << 8 |
+            static_cast<uint32_t>(bytes[1][left]) << 16 |
+            static_cast<uint32_t>(bytes[1][right]) << 24;
+      }
+    }
+  }
+}
+
+// The order of nibbles that pack_tile writes down is format/weight_words.h's.
+static_assert(nibble_row(0) == 0 && nibble_row(1) == 8 && nibble_row(4) == 1 && nibble_row(5) == 9);
+static_assert(nibble_column(0) == 0 && nibble_column(2) == 8 && nibble_column(4) == 0 &&
+              nibble_column(6) == 8);
+
 }  // namespace
 
 uint8_t pack_tile_rows(const uint8_t* codes, int64_t n, int64_t first, int64_t last,
                        uint32_t* words) {
-  uint8_t seen[kColumns] = {};
-  for (int64_t tile_row = first; tile_row < last; ++tile_row) {
-    for (int64_t strip = 0; strip < n / kTileColumns; ++strip) {
-      const uint8_t* tile = codes + tile_row * kTileRows * n + strip * kTileColumns;
-      uint32_t* out = words + tile_offset(tile_row, strip, n);
-      for (int pair = 0; pair < 4; ++pair) {
-        for (int block = 0; block < 4; ++block) {
-          uint32_t word[kColumns] = {};
-          for (int nibble = 0; nibble < kCodesPerWord; ++nibble) {
-            const uint8_t* source =
-                tile + (2 * pair + nibble_row(nibble)) * n + 16 * block + nibble_column(nibble);
-            for (int c = 0; c < kColumns; ++c) {
-              seen[c] |= source[c];
-              word[c] |= static_cast<uint32_t>(source[c] & 0xf) << (4 * nibble);
-            }
-          }
-          for (int c = 0; c < kColumns; ++c) out[word_index(c, pair, block)] = word[c];
-        }
-      }
-    }
-  }
+  uint8_t seen[kTileColumns] = {};
+  for (int64_t tile_row = first; tile_row < last; ++tile_row)
+    for (int64_t strip = 0; strip < n / kTileColumns; ++strip)
+      pack_tile(codes + tile_row * kTileRows * n + strip * kTileColumns, n,
+                words + tile_offset(tile_row, strip, n), seen);
   uint8_t all = 0;
-  for (uint8_t byte : seen) all |= byte;
+  for (uint8_t bits : seen) all |= bits;
   return all;
 }
 

@@ -1,0 +1,30 @@
+// Reading and writing single elements whose type is known at run time only. For places that are not
+// hot: scales of the simple kernels, biases, outputs of conversions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/types.h"
+
+namespace marlin {
+
+__device__ inline float load_element(const void* data, Dtype dtype, int64_t index) {
+  switch (dtype) {
+    case Dtype::kF16: return __half2float(static_cast<const __half*>(data)[index]);
+    case Dtype::kBF16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    default: return static_cast<const float*>(data)[index];
+  }
+}
+
+__device__ inline void store_element(void* data, Dtype dtype, int64_t index, float value) {
+  switch (dtype) {
+    case Dtype::kF16: static_cast<__half*>(data)[index] = __float2half_rn(value); break;
+    case Dtype::kBF16:
+      static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value);
+      break;
+    default: static_cast<float*>(data)[index] = value;
+  }
+}
+
+}  // namespace marlin

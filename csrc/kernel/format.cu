@@ -1,0 +1,117 @@
+// Packing, unpacking, dequantizing on the device: one CTA of 128 threads a tile, which passes
+// through shared memory so that both sides of the permutation are read and written in whole rows.
+#include "format/scale_order.h"
+#include "format/weight_words.h"
+#include "kernel/elements.cuh"
+#include "kernel/launch.h"
+
+namespace marlin {
+namespace {
+
+constexpr int kThreads = kTileWords;
+constexpr int kChunk = 8;  // neighbouring columns that a thread reads or writes at once
+constexpr int kChunksPerRow = kTileColumns / kChunk;
+
+// A tile's place in W, and this thread's chunk of it.
+struct Tile {
+  int64_t row = blockIdx.x;
+  int64_t strip = blockIdx.y;
+  int chunk_row = threadIdx.x / kChunksPerRow;
+  int chunk_column = threadIdx.x % kChunksPerRow * kChunk;
+  __device__ Tile() {}
+
+  __device__ int64_t element(int64_t n) const {
+    return (row * kTileRows + chunk_row) * n + strip * kTileColumns + chunk_column;
+  }
+  __device__ int64_t word(int64_t n) const { return tile_offset(row, strip, n) + threadIdx.x; }
+};
+
+__device__ uint32_t code_at(const uint32_t* words, int row, int column) {
+  const TilePlace place{row, column};
+  return words[word_of(place)] >> (4 * nibble_of(place)) & 0xf;
+}
+
+__global__ void pack_kernel(const uint8_t* codes, int64_t n, uint32_t* words) {
+  __shared__ uint8_t tile_codes[kTileRows][kTileColumns];
+  const Tile tile;
+  *reinterpret_cast<uint2*>(&tile_codes[tile.chunk_row][tile.chunk_column]) =
+      *reinterpret_cast<const uint2*>(codes + tile.element(n));
+  __syncthreads();
+  uint32_t word = 0;
+  for (int nibble = 0; nibble < kCodesPerWord; ++nibble) {
+    const TilePlace place = place_in_tile(threadIdx.x, nibble);
+    word |= static_cast<uint32_t>(tile_codes[place.row][place.column] & 0xf) << (4 * nibble);
+  }
+  words[tile.word(n)] = word;
+}
+
+__global__ void unpack_kernel(const uint32_t* words, int64_t n, uint8_t* codes) {
+  __shared__ uint32_t tile_words[kTileWords];
+  const Tile tile;
+  tile_words[threadIdx.x] = words[tile.word(n)];
+  __syncthreads();
+  for (int i = 0; i < kChunk; ++i)
+    codes[tile.element(n) + i] =
+        static_cast<uint8_t>(code_at(tile_words, tile.chunk_row, tile.chunk_column + i));
+}
+
+__global__ void dequantize_kernel(const DequantizeParams params) {
+  __shared__ uint32_t tile_words[kTileWords];
+  const Tile tile;
+  tile_words[threadIdx.x] = params.words[tile.word(params.n)];
+  __syncthreads();
+  const int64_t group = tile.row * kTileRows / (params.k / params.groups);
+  for (int i = 0; i < kChunk; ++i) {
+    const int column = tile.chunk_column + i;
+    const int code = static_cast<int>(code_at(tile_words, tile.chunk_row, column)) - kCodeZero;
+    const int64_t position =
+        scale_position(tile.strip * kTileColumns + column, params.groups == 1);
+    const float scale =
+        load_element(params.scales, params.scale_dtype, group * params.n + position);
+    store_element(params.values, params.value_dtype, tile.element(params.n) + i,
+                  static_cast<float>(code) * scale);
+  }
+}
+
+__global__ void reorder_scales_kernel(const uint16_t* source, int64_t n, bool per_column,
+                                      bool pack, uint16_t* target) {
+  const int64_t column = int64_t{blockIdx.y} * kTileColumns + threadIdx.x;
+  const int64_t row = int64_t{blockIdx.x} * n;
+  const int64_t position = scale_position(column, per_column);
+  if (pack)
+    target[row + position] = source[row + column];
+  else
+    target[row + column] = source[row + position];
+}
+
+dim3 tile_grid(int64_t k, int64_t n) {
+  return dim3(static_cast<unsigned>(k / kTileRows), static_cast<unsigned>(n / kTileColumns));
+}
+
+}  // namespace
+
+cudaError_t launch_pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words,
+                        cudaStream_t stream) {
+  pack_kernel<<<tile_grid(k, n), kThreads, 0, stream>>>(codes, n, words);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_unpack(const uint32_t* words, int64_t k, int64_t n, uint8_t* codes,
+                          cudaStream_t stream) {
+  unpack_kernel<<<tile_grid(k, n), kThreads, 0, stream>>>(words, n, codes);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_reorder_scales(const uint16_t* source, int64_t groups, int64_t n, bool pack,
+                                  uint16_t* target, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(n / kTileColumns));
+  reorder_scales_kernel<<<grid, kTileColumns, 0, stream>>>(source, n, groups == 1, pack, target);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream) {
+  dequantize_kernel<<<tile_grid(params.k, params.n), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace marlin

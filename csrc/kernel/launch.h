@@ -1,0 +1,49 @@
+// What the kernels offer to the host: parameter structs and launch functions, without Torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace marlin {
+
+struct MulParams {
+  Problem problem;
+  const void* x;    // (m, k), rows x_pitch elements apart, 16-byte aligned
+  int64_t x_pitch;
+  const uint32_t* words;  // (k / 16, 2 n)
+  const void* scales;     // (groups, n), in Marlin's order
+  const void* bias;       // (n) or nullptr
+  Dtype bias_dtype;
+  void* y;  // (m, n), contiguous
+};
+
+// The simple kernel: plain loads and mma.sync, for any GPU from 8.0 on. The reference that faster
+// kernels are tested against on the device.
+cudaError_t launch_reference(const MulParams& params, cudaStream_t stream);
+
+// codes (k, n) bytes <-> words. Packing keeps the low four bits of each code.
+cudaError_t launch_pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words,
+                        cudaStream_t stream);
+cudaError_t launch_unpack(const uint32_t* words, int64_t k, int64_t n, uint8_t* codes,
+                          cudaStream_t stream);
+
+// Reorders `groups` rows of n 2-byte scales into Marlin's order, or back.
+cudaError_t launch_reorder_scales(const uint16_t* source, int64_t groups, int64_t n, bool pack,
+                                  uint16_t* target, cudaStream_t stream);
+
+struct DequantizeParams {
+  const uint32_t* words;
+  const void* scales;
+  Dtype scale_dtype;
+  int64_t k;
+  int64_t n;
+  int64_t groups;
+  Dtype value_dtype;
+  void* values;  // (k, n), contiguous
+};
+cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
+
+}  // namespace marlin

@@ -1,0 +1,132 @@
+// The operators on CUDA: checks, device, stream, launch.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "dispatch/device.h"
+#include "format/weight_words.h"
+#include "kernel/launch.h"
+#include "torch/checks.h"
+
+namespace marlin::ops {
+namespace {
+
+// Makes a tensor's device current for the scope and knows the stream to launch on.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor)
+      : index_(tensor.get_device_index()), guard_(index_) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+
+  int index() const { return index_; }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+
+ private:
+  int index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess)
+    fail(op, "launch", "a kernel that starts", join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
+}
+
+void check_device(const char* op, int index) {
+  const Device& gpu = device(index);
+  if (gpu.major < 8)
+    fail(op, "device", "a GPU of compute capability 8.0 or newer",
+         join("cuda:", index, " of ", gpu.major, ".", gpu.minor));
+}
+
+void multiply(const char* op, const DeviceScope& scope, const MulCall& call,
+              const std::optional<std::string>& config, void* y) {
+  check_device(op, scope.index());
+  if (config && *config != "reference") fail(op, "config", "reference", "'" + *config + "'");
+  if (call.problem.m == 0) return;
+  const MulParams params{call.problem, call.x,          call.x_pitch, call.words,
+                         call.scales,  call.bias,       call.bias_dtype, y};
+  check_launch(op, launch_reference(params, scope.stream()));
+}
+
+Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
+           std::optional<std::string> config) {
+  const DeviceScope scope(a);
+  const MulCall call = check_mul("mul", a, b, s, bias);
+  Tensor y = new_output(a, call);
+  multiply("mul", scope, call, config, y.mutable_data_ptr());
+  return y;
+}
+
+void mul_out(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
+             std::optional<std::string> config, Tensor out) {
+  const DeviceScope scope(a);
+  const MulCall call = check_mul("mul.out", a, b, s, bias);
+  check_output("mul.out", a, call, out);
+  multiply("mul.out", scope, call, config, out.mutable_data_ptr());
+}
+
+Tensor pack(const Tensor& codes) {
+  const Shape shape = check_codes("pack", codes);
+  const DeviceScope scope(codes);
+  Tensor b = empty_beside(codes, {shape.k / kTileRows, 2 * shape.n}, ScalarType::Int);
+  check_launch("pack", launch_pack(static_cast<const uint8_t*>(codes.const_data_ptr()), shape.k,
+                                   shape.n, static_cast<uint32_t*>(b.mutable_data_ptr()),
+                                   scope.stream()));
+  return b;
+}
+
+Tensor unpack(const Tensor& b) {
+  const Shape shape = check_words("unpack", b);
+  const DeviceScope scope(b);
+  Tensor codes = empty_beside(b, {shape.k, shape.n}, ScalarType::Byte);
+  check_launch("unpack", launch_unpack(static_cast<const uint32_t*>(b.const_data_ptr()), shape.k,
+                                       shape.n, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                       scope.stream()));
+  return codes;
+}
+
+Tensor reorder_scales(const char* op, const char* argument, const Tensor& scales, bool pack) {
+  const Shape shape = check_scales(op, argument, scales);
+  const DeviceScope scope(scales);
+  Tensor result = empty_beside(scales, {shape.groups, shape.n}, scales.scalar_type());
+  check_launch(op, launch_reorder_scales(static_cast<const uint16_t*>(scales.const_data_ptr()),
+                                         shape.groups, shape.n, pack,
+                                         static_cast<uint16_t*>(result.mutable_data_ptr()),
+                                         scope.stream()));
+  return result;
+}
+
+Tensor pack_scales(const Tensor& scales) {
+  return reorder_scales("pack_scales", "scales", scales, true);
+}
+
+Tensor unpack_scales(const Tensor& s) { return reorder_scales("unpack_scales", "s", s, false); }
+
+Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dtype) {
+  const Shape shape = check_weight("dequantize", b, s);
+  const Dtype type = check_value_type("dequantize", s, dtype);
+  const DeviceScope scope(b);
+  Tensor values = empty_beside(b, {shape.k, shape.n}, scalar_type(type));
+  const DequantizeParams params{static_cast<const uint32_t*>(b.const_data_ptr()),
+                                s.const_data_ptr(), scale_dtype(s), shape.k, shape.n,
+                                shape.groups, type, values.mutable_data_ptr()};
+  check_launch("dequantize", launch_dequantize(params, scope.stream()));
+  return values;
+}
+
+}  // namespace
+}  // namespace marlin::ops
+
+STABLE_TORCH_LIBRARY_IMPL(marlin, CUDA, m) {
+  using namespace marlin::ops;
+  m.impl("mul", TORCH_BOX(&mul));
+  m.impl("mul.out", TORCH_BOX(&mul_out));
+  m.impl("mul_inference", TORCH_BOX(&mul));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("pack_scales", TORCH_BOX(&pack_scales));
+  m.impl("unpack_scales", TORCH_BOX(&unpack_scales));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+}
