@@ -1,0 +1,32 @@
+"""A reduced sweep over every CUDA operator, for `make sanitize` (compute-sanitizer runs it).
+
+Small shapes, since the sanitizer slows kernels down a hundredfold; results are checked as well.
+"""
+
+import torch
+
+from marlin import ops
+from marlin.testing.problems import check_product, random_rows, random_weight
+
+
+def sweep() -> int:
+    """Runs all problems; returns how many."""
+    problems = 0
+    for k, n, group_size in ((128, 64, -1), (256, 192, 32), (256, 128, 128), (176, 320, -1)):
+        for dtype in (torch.float16, torch.bfloat16):
+            weight = random_weight(k, n, group_size, dtype=dtype, device="cuda")
+            values = weight.values()
+            assert torch.equal(ops.unpack(weight.b), weight.codes)
+            assert torch.equal(ops.unpack_scales(weight.s), weight.scales)
+            assert torch.equal(ops.dequantize(weight.b, weight.s, torch.float32), values.float())
+            bias = torch.randn(n, device="cuda").to(dtype)
+            for m in (1, 7, 16, 33, 65, 130):
+                a = random_rows(m, k, dtype=dtype, device="cuda")
+                check_product(ops.matmul(a, weight.b, weight.s, bias), a, values, bias)
+                problems += 1
+    torch.cuda.synchronize()
+    return problems
+
+
+if __name__ == "__main__":
+    print(f"{sweep()} problems, all right")
