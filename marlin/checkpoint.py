@@ -62,6 +62,7 @@ def save_pretrained(model, directory, tokenizer=None, max_shard_size: int | str 
     """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
     config.quantization_config = quantization_config(model)
     tensors = stored_tensors(model)
     with staged(Path(directory)) as stage:
@@ -81,7 +82,7 @@ def quantization_config(model: nn.Module) -> dict:
     for name, layer in layers.items():
         if layer.s.is_meta or not torch.isfinite(layer.s).all():
             raise ValueError(f"{name}: scales are not finite; was the layer ever filled?")
-    sizes = {name: group_size(layer) for name, layer in layers.items()}
+    sizes = group_sizes(layers)
     usual = Counter(sizes.values()).most_common(1)[0][0]
     config = {
         "quant_method": "marlin",
@@ -97,10 +98,19 @@ def quantization_config(model: nn.Module) -> dict:
     return config
 
 
-def group_size(layer: PackedModule) -> int:
-    """Rows that share a scale; -1 for one scale per column."""
-    groups = layer.s.shape[0]
-    return -1 if groups == 1 else layer.B.shape[0] * 16 // groups
+def group_sizes(layers: dict[str, PackedModule]) -> dict[str, int]:
+    """For each layer the rows that share a scale; -1 for one scale per column.
+
+    One group of all k rows is both: it counts as the size that other layers have, if it is k.
+    """
+    depths = {name: layer.B.shape[0] * 16 for name, layer in layers.items()}
+    groups = {name: layer.s.shape[0] for name, layer in layers.items()}
+    grouped = Counter(depths[name] // groups[name] for name in layers if groups[name] > 1)
+    usual = max(grouped, key=grouped.get, default=-1)
+    return {
+        name: -1 if groups[name] == 1 and depths[name] != usual else depths[name] // groups[name]
+        for name in layers
+    }
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,6 +141,8 @@ def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_si
             storages.add(storage)
             shard[name] = tensor
         save_file(shard, directory / filename, metadata={"format": "pt"})
+        # safetensors keeps its files to their owner; a checkpoint is like any other file.
+        (directory / filename).chmod((directory / "config.json").stat().st_mode)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

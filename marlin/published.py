@@ -54,14 +54,14 @@ def mul(
             f"workspace: expected at least {n // 128 * max_par} entries, got {workspace.numel()}"
         )
     if thread_k != -1 and thread_n != -1:
-        if k % thread_k or n % thread_n:
-            raise RuntimeError(
-                f"thread_k={thread_k}, thread_n={thread_n} do not divide k={k}, n={n}"
-            )
         if (thread_k, thread_n) not in TILES:
             raise RuntimeError(
                 f"no kernel for thread_k={thread_k}, thread_n={thread_n}; "
                 "there are (128, 128), (64, 256) and -1"
+            )
+        if k % thread_k or n % thread_n:
+            raise RuntimeError(
+                f"thread_k={thread_k}, thread_n={thread_n} do not divide k={k}, n={n}"
             )
     ops.matmul_out(A, words(B, k, n), s, C)
 
@@ -70,7 +70,7 @@ def words(B: torch.Tensor, k: int, n: int) -> torch.Tensor:
     """B as int32 (k/16, 2n), whatever type and shape its bytes came in."""
     if B.dtype == torch.int32 and B.shape == (k // 16, 2 * n):
         return B
-    needed = k * n // 8
+    needed = k // 16 * 2 * n
     if not B.is_contiguous():
         raise RuntimeError("B: expected contiguous memory, got a strided view")
     have = B.numel() * B.itemsize // 4
@@ -150,7 +150,7 @@ class Layer(PackedModule):
         quotient = weight.t().reshape(groups, size, self.n) / s[:, None]
         codes = quotient.round().nan_to_num(nan=0.0).clamp(-8, 7) + 8  # 0 / 0 is 0
         codes = codes.to(torch.uint8).reshape(self.k, self.n)
-        self.B.copy_(ops.pack(codes).view(self.B.shape))
+        self.B.copy_(ops.pack(codes.contiguous()).view(self.B.shape))
         self.s.copy_(ops.pack_scales(s.contiguous()))
 
 
