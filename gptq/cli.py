@@ -14,7 +14,6 @@ from . import calibration, evaluate, export, walk
 from .plan import GROUP_SIZES, PER_COLUMN, Plan, make_plan
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-HALF = (torch.float16, torch.bfloat16)
 MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
 
 
@@ -141,25 +140,24 @@ def run_quantize(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: expected another directory than the model's, got {args.out}")
     started = time.perf_counter()
     on_cpu = torch.device(args.device).type == "cpu"
-    print(f"Loading {args.model}", flush=True)
-    # Half precision is slow on CPUs, and rounding would add up over the layers.
-    model = export.load_model(args.model, torch.float32 if on_cpu else None)
-    plan = make_plan(model, args.group_size, args.skip)
+    config = export.load_config(args.model)
+    plan = make_plan(export.skeleton(args.model, config), args.group_size, args.skip)
     print_plan(plan)
     tokenizer = load_tokenizer_if_any(args)
     samples = []
     if args.method == "gptq":
         documents = calibration.read_documents(args.calibration)
-        longest = getattr(model.config, "max_position_embeddings", None) or args.seqlen
-        samples = calibration.samples(
-            documents, tokenizer, args.nsamples, min(args.seqlen, longest), args.seed
-        )
+        seqlen = min(args.seqlen, export.longest_input(config) or args.seqlen)
+        samples = calibration.samples(documents, tokenizer, args.nsamples, seqlen, args.seed)
         tokens = sum(sample.numel() for sample in samples)
         print(f"Calibrating with {len(samples)} samples, {tokens} tokens of {args.calibration}")
+    print(f"Loading {args.model}", flush=True)
+    # Half precision is slow on CPUs, and rounding would add up over the layers.
+    model = export.load_model(args.model, torch.float32 if on_cpu else None)
     loaded = time.perf_counter()
 
     results = quantize_model(model, plan, samples, args)
-    model.to(DTYPES[args.dtype] if args.dtype else stored_dtype(args.model, model))
+    model.to(DTYPES[args.dtype] if args.dtype else export.stored_dtype(config))
     quantized = time.perf_counter()
 
     report = {
@@ -259,14 +257,6 @@ def load_tokenizer_if_any(args: argparse.Namespace):
         if args.method == "gptq":
             raise
         return None
-
-
-def stored_dtype(source: str, model) -> torch.dtype:
-    """The dtype of a checkpoint's own 16-bit weights, else FP16."""
-    dtype = getattr(export.load_config(source), "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype if dtype in HALF else torch.float16
 
 
 def summary(results: list[walk.Result]) -> str:

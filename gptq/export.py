@@ -1,5 +1,6 @@
 """Models in and out: from a directory, the hub or a GGUF file, and to a Marlin checkpoint."""
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -33,26 +34,35 @@ def load_config(source: str):
         ) from error
 
 
-def load_model(source: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A full-precision model on the CPU, in ``dtype`` or as stored, ready for inference.
+def stored_dtype(config) -> torch.dtype:
+    """The 16-bit type that a checkpoint's weights have, else FP16."""
+    return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
-    The class is the one the configuration names, else a causal language model.
-    Raises ModelError for models that are quantized already and for what transformers cannot read.
+
+def longest_input(config) -> int | None:
+    """How many tokens the model takes at once, if its configuration says."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def skeleton(source: str, config) -> PreTrainedModel:
+    """The model without its weights (on the meta device): enough to plan with, at once.
+
+    Raises ModelError for what is quantized already or unknown to transformers.
     """
-    config = load_config(source)
     method = quant_method(config)
     if method not in (None, "gguf"):  # transformers dequantizes GGUF while reading
-        raise ModelError(
-            f"{source}: expected a full-precision model, got one quantized by {method}"
-        )
-    location = _location(source)
-    cls = AutoModelForCausalLM
-    if "gguf_file" not in location and config.architectures:
-        cls = getattr(transformers, config.architectures[0], None)
-        if cls is None:
-            raise ModelError(f"{source}: transformers has no model {config.architectures[0]!r}")
+        raise ModelError(f"{source}: expected a full-precision model, got quant_method {method!r}")
+    cls = _model_class(source, config)
+    with torch.device("meta"):
+        make = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
+        return make(copy.deepcopy(config)).eval()
+
+
+def load_model(source: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model on the CPU, in ``dtype`` or as stored, ready for inference. Raises ModelError."""
+    cls = _model_class(source, load_config(source))
     try:
-        return cls.from_pretrained(**location, dtype=dtype or "auto").eval()
+        return cls.from_pretrained(**_location(source), dtype=dtype or "auto").eval()
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{source}: {_first_line(error)}") from error
 
@@ -117,6 +127,16 @@ def module_report(plan: Plan, results: Iterable[Result]) -> dict:
         for result in results
     ]
     return {"modules": modules, "full_precision": plan.kept}
+
+
+def _model_class(source: str, config):
+    """The class that a configuration names, else a causal language model. Raises ModelError."""
+    if not config.architectures:  # a GGUF file does not say
+        return AutoModelForCausalLM
+    cls = getattr(transformers, config.architectures[0], None)
+    if cls is None:
+        raise ModelError(f"{source}: transformers has no model {config.architectures[0]!r}")
+    return cls
 
 
 def _location(source: str) -> dict:

@@ -73,6 +73,7 @@ def gptq(
 ) -> Solution:
     """Round ``weight`` (k, n) so that its outputs change least under ``hessian`` (k, k).
 
+    Computes in FP32, or in FP64 for an FP64 weight.
     group_size: a divisor of k, or -1 for one group per output. clip: search each group's scale
     (``grid.search_scale``) instead of taking the absmax. damping: λ relative to mean(diag(H)),
     raised as far as the factorization needs it; the value used is in the result.
@@ -83,11 +84,12 @@ def gptq(
     k, n = weight.shape
     if hessian.shape != (k, k):
         raise ValueError(f"hessian: expected ({k}, {k}), got {tuple(hessian.shape)}")
+    hessian = hessian.to(weight.dtype)
     upper, damping = factor(hessian, damping)
 
     work = weight.clone()
     codes = torch.empty_like(work)
-    scales = torch.empty(k // group, n, device=work.device)
+    scales = work.new_empty(k // group, n)
 
     # A group is weighed by its own part of H, a long one by the blocks on that part's diagonal.
     size = math.gcd(group, block)
@@ -101,7 +103,7 @@ def gptq(
 
     for start in range(0, k, block):
         stop = min(start + block, k)
-        errors = torch.empty(stop - start, n, device=work.device)
+        errors = work.new_empty(stop - start, n)
         for j in range(start, stop):
             index, offset = divmod(j, group)
             if offset == 0:
@@ -144,7 +146,7 @@ def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
 
 
 def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
-    """``weight`` as FP32 and the number of inputs in a group."""
+    """``weight`` as FP32 (FP64 stays) and the number of inputs in a group."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected a floating (k, n) matrix, got {weight.dtype} {tuple(weight.shape)}"
@@ -155,4 +157,4 @@ def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
         raise ValueError(f"group_size: expected -1 or a divisor of k = {k}, got {group_size}")
     if not torch.isfinite(weight).all():
         raise ValueError("weight: expected finite values, got NaN or Inf")
-    return weight.float(), group
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)), group

@@ -7,14 +7,13 @@ run the samples again. So every layer is fitted to what the quantized layers bef
 """
 
 import contextlib
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from marlin.layer import dense_weight
 
@@ -109,19 +108,24 @@ def record_calls(
     """What enters the first layer for each sample, and what each layer gets beside it.
 
     Returns hidden states by sample, and calls by layer and sample, all on ``device``.
+    Raises ValueError for a model that does not run its layers once each and in order.
     """
     # The base model stops short of the output head, whose logits nobody needs here.
     base = model.base_model
-    options = {"use_cache": False} if "use_cache" in _parameters(base) else {}
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in layers]
     for sample in samples:
         moved: dict[int, Tensor] = {}  # layers share masks and positions: move each of them once
         with _short_circuit(layers) as recorded, contextlib.suppress(_Stop):
-            base(input_ids=sample.to(model.device), **options)
-        hidden.append(recorded[0][0].to(device))
-        for per_layer, (_, args, kwargs) in zip(calls, recorded, strict=True):
-            per_layer.append(Call(_to(args, device, moved), _to(kwargs, device, moved)))
+            base(input_ids=sample.to(model.device))
+        if [index for index, *_ in recorded] != list(range(len(layers))):
+            raise ValueError(
+                f"model: expected {type(base).__name__} to run its {len(layers)} layers once each "
+                f"and in order, got {[index for index, *_ in recorded]}"
+            )
+        hidden.append(recorded[0][1].to(device))
+        for index, _, args, kwargs in recorded:
+            calls[index].append(Call(_to(args, device, moved), _to(kwargs, device, moved)))
     return hidden, calls
 
 
@@ -131,19 +135,29 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def _short_circuit(layers: list[nn.Module]):
-    """Let every layer hand its input through and record (hidden, args, kwargs) of its call."""
-    recorded: list[tuple[Tensor, tuple, dict]] = []
+    """Let layers hand their input through and record (index, hidden, args, kwargs) of each call."""
+    recorded: list[tuple[int, Tensor, tuple, dict]] = []
+    tail: tuple | None = None  # what a layer returns after the hidden states, if it is a tuple
 
-    def forward(*args, **kwargs):
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        recorded.append((hidden, args, kwargs))
-        if len(recorded) == len(layers):
-            raise _Stop
-        return hidden
+    def replace(index: int, layer: nn.Module) -> None:
+        original = layer.forward
 
-    # An instance attribute shadows the method; the layer keeps what models look up on it.
-    for layer in layers:
+        def forward(*args, **kwargs):
+            nonlocal tail
+            if not recorded:  # only a real call shows whether the model expects a tuple
+                output = original(*args, **kwargs)
+                tail = output[1:] if isinstance(output, tuple) else None
+            hidden, *args = args if args else (kwargs.pop("hidden_states"),)
+            recorded.append((index, hidden, tuple(args), kwargs))
+            if index + 1 == len(layers):
+                raise _Stop
+            return hidden if tail is None else (hidden, *tail)
+
+        # An instance attribute shadows the method; models still find what they look up on a layer.
         layer.forward = forward
+
+    for index, layer in enumerate(layers):
+        replace(index, layer)
     try:
         yield recorded
     finally:
@@ -169,7 +183,9 @@ def _collect(
             # Whoever shares in the first sample shares in all of them.
             leader = shared.setdefault(target, inputs.setdefault(id(tensor), (tensor, target))[1])
             if leader is target:
-                hessians.setdefault(target, Hessian(target.k, tensor.device)).add(tensor)
+                if target not in hessians:
+                    hessians[target] = Hessian(target.k, tensor.device)
+                hessians[target].add(tensor)
 
         return accumulate
 
@@ -221,12 +237,10 @@ def _set_weight(module: nn.Module, solution: solver.Solution) -> None:
     dense_weight(module).copy_(solution.dequantize())
 
 
-def _parameters(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)
-
-
 def _to(value, device, moved: dict[int, Tensor]):
     """``value`` with every tensor in it on ``device``; the same tensor comes out the same."""
+    if isinstance(value, Cache):
+        return None  # layers run more than once here, and must not remember
     if isinstance(value, Tensor):
         return moved.setdefault(id(value), value.to(device))
     if isinstance(value, (tuple, list)):

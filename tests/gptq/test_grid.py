@@ -1,0 +1,98 @@
+"""The 4-bit grid and the search for scales, against loops over single numbers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptq import grid
+
+
+def weighted_error(column, scale, metric):
+    """The error of one column under one scale, from the definition and in plain Python."""
+    error = []
+    for value in column.tolist():
+        code = 8 if scale == 0 else min(15, max(0, round(value / scale) + 8))
+        error.append(value - (code - 8) * scale)
+    error = torch.tensor(error, dtype=torch.float64)
+    return (error @ metric @ error).item()
+
+
+def random_metric(size, generator):
+    data = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+    return data.T @ data / (2 * size)
+
+
+def test_codes_cover_the_grid_and_saturate_outside():
+    scale = torch.tensor(0.5)
+    weight = torch.tensor([-100.0, -4.0, -3.5, 0.0, 0.2, 0.26, 3.5, 4.0, 100.0])
+    codes = grid.encode(weight, scale)
+    assert codes.tolist() == [0, 0, 1, 8, 8, 9, 15, 15, 15]
+    assert grid.decode(codes, scale)[:4].tolist() == [-4.0, -4.0, -3.5, 0.0]
+
+
+def test_every_code_survives_decode_and_encode():
+    codes = torch.arange(16.0)
+    for scale in (2.0**-14, 0.0123, 1.0, 60000.0):
+        scale = grid.round_scale(torch.tensor(scale))
+        assert torch.equal(grid.encode(grid.decode(codes, scale), scale), codes)
+
+
+def test_zero_scale_means_zero_not_nan():
+    codes = grid.encode(torch.tensor([0.0, 1e-12, -1e-12]), torch.tensor(0.0))
+    assert codes.tolist() == [8, 8, 8]
+
+
+def test_scales_are_fp16_values_and_saturate():
+    scales = grid.round_scale(torch.tensor([0.1, 1e-5, 1e9]))
+    assert torch.equal(scales, scales.half().float())
+    assert scales[0] != 0.1
+    assert scales[2] == torch.finfo(torch.float16).max
+
+
+def test_absmax_scale_puts_the_largest_weight_at_seven_and_a_half():
+    group = torch.tensor([[1.0, -3.75], [-7.5, 0.0]])
+    assert grid.absmax_scale(group).tolist() == [1.0, 0.5]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([4, 16, 32]), tail=st.floats(1.0, 20.0))
+def test_search_finds_the_best_of_its_candidates(seed, size, tail):
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    group[0] *= tail
+    metric = random_metric(size, generator)
+    found = grid.search_scale(group, metric[None], candidates=12)
+    for column, scale in zip(group.T, found.tolist(), strict=True):
+        full = column.abs().max() / grid.HALF_RANGE
+        ratios = torch.linspace(1.0, grid.SMALLEST_RATIO, 12, dtype=torch.float64)
+        candidates = [(full * ratio).half().item() for ratio in ratios]
+        errors = [weighted_error(column, candidate, metric) for candidate in candidates]
+        assert weighted_error(column, scale, metric) == pytest.approx(min(errors), rel=1e-6)
+
+
+def test_search_clips_an_outlier_nobody_listens_to():
+    """The largest weight meets an input that is hardly ever on: give it up for the others."""
+    group = torch.full((32, 1), 0.9)
+    group[::2] = 0.45
+    group[0] = 8.0
+    importance = torch.ones(32)
+    importance[0] = 1e-4
+    scale = grid.search_scale(group, torch.diag(importance)[None])
+    assert scale < 0.6 * grid.absmax_scale(group)
+    importance[0] = 1e4  # now it is all that matters, and keeps its range
+    kept = grid.search_scale(group, torch.diag(importance)[None])
+    assert kept == grid.absmax_scale(group)
+
+
+def test_blocks_of_the_metric_add_up():
+    generator = torch.Generator().manual_seed(3)
+    group = torch.randn(48, 5, generator=generator, dtype=torch.float64)
+    blocks = torch.stack([random_metric(16, generator) for _ in range(3)])
+    whole = torch.block_diag(*blocks)
+    assert torch.equal(grid.search_scale(group, blocks), grid.search_scale(group, whole[None]))
+
+
+def test_metric_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"tile a group of 32, got \(1, 16, 16\)"):
+        grid.search_scale(torch.zeros(32, 2), torch.eye(16)[None])

@@ -1,0 +1,231 @@
+"""GPTQ against the textbook: one weight at a time, one explicit inverse, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptq import grid, solver
+from gptq.hessian import Hessian
+from marlin.layer import round_to_nearest
+
+
+def problem(k, n, seed=0, dtype=torch.float64, tokens=None):
+    """A weight with heavy tails and the second moments of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(k, n, generator=generator, dtype=torch.float64)
+    weight *= torch.rand(k, 1, generator=generator, dtype=torch.float64) * 2
+    mixing = torch.randn(k, k, generator=generator, dtype=torch.float64) / k**0.5
+    mixing += torch.diag(torch.rand(k, generator=generator, dtype=torch.float64) * 2)
+    inputs = torch.randn(tokens or 2 * k, k, generator=generator, dtype=torch.float64) @ mixing
+    return weight.to(dtype), (inputs.T @ inputs / len(inputs)).to(dtype)
+
+
+def textbook(weight, hessian, group_size, clip, damping=0.01):
+    """Optimal brain quantization in natural order, as one would write it on a blackboard.
+
+    After each input is fixed its row and column are eliminated from the inverse; nothing is
+    blocked, nothing is factored.
+    """
+    weight = weight.clone()
+    k, n = weight.shape
+    group = k if group_size == -1 else group_size
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(k, dtype=hessian.dtype)
+    inverse = torch.linalg.inv(damped)
+    codes = torch.zeros(k, n, dtype=torch.uint8)
+    scales = torch.zeros(k // group, n, dtype=torch.float64)
+    for j in range(k):
+        g = j // group
+        if j % group == 0:
+            rows = slice(j, j + group)
+            # Long groups are weighed by blocks of up to 128 on the diagonal of H.
+            size = next(s for s in (128, 64, 32, 16) if group % s == 0)
+            for column in range(n):
+                values, best = weight[rows, column], (float("inf"), 0.0)
+                full = values.abs().max() / 7.5
+                for ratio in torch.linspace(1.0, grid.SMALLEST_RATIO, grid.CANDIDATES).tolist():
+                    scale = (full * ratio).half().double()
+                    error = values - scale * ((values / scale).round().clamp(-8, 7))
+                    cost = sum(
+                        error[i : i + size] @ hessian[j + i : j + i + size, j + i : j + i + size]
+                        @ error[i : i + size]
+                        for i in range(0, group, size)
+                    )  # fmt: skip
+                    best = min(best, (cost.item(), scale.item()))
+                    if not clip:
+                        break
+                scales[g, column] = best[1]
+        quotient = (weight[j] / scales[g]).round().clamp(-8, 7)
+        codes[j] = (quotient + 8).to(torch.uint8)
+        error = weight[j] - quotient * scales[g]
+        weight -= torch.outer(inverse[:, j], error / inverse[j, j])
+        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes, scales.half()
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(
+    "k, n, group_size, block",
+    [(64, 8, 32, 128), (128, 6, 64, 64), (256, 4, 128, 128), (192, 5, -1, 128), (176, 3, -1, 128)],
+)
+def test_same_codes_and_scales_as_the_textbook(k, n, group_size, block, clip):
+    weight, hessian = problem(k, n, seed=k + n)
+    codes, scales = textbook(weight, hessian, group_size, clip)
+    solution = solver.gptq(weight, hessian, group_size, clip=clip, block=block)
+    assert torch.equal(solution.scales, scales)
+    assert torch.equal(solution.codes, codes)
+
+
+def test_float32_is_as_good_as_float64():
+    weight, hessian = problem(512, 96, seed=5)
+    exact = solver.gptq(weight, hessian, 64)
+    single = solver.gptq(weight.float(), hessian.float(), 64)
+    assert (exact.codes == single.codes).float().mean() > 0.97
+    losses = [solver.output_loss(weight, s, hessian.float()) for s in (exact, single)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([32, 64, 128]),
+    n=st.integers(1, 9),
+)
+def test_blocks_are_only_an_order_of_computation(seed, groups, group_size, n):
+    weight, hessian = problem(groups * group_size, n, seed)
+    one_block = solver.gptq(weight, hessian, group_size, block=weight.shape[0])
+    blocks = solver.gptq(weight, hessian, group_size, block=group_size)
+    assert torch.equal(one_block.codes, blocks.codes)
+    assert torch.equal(one_block.scales, blocks.scales)
+
+
+def test_layers_side_by_side_are_solved_as_if_alone():
+    weight, hessian = problem(128, 40, seed=1)
+    together = solver.gptq(weight, hessian, 64)
+    for part in (slice(0, 24), slice(24, 40)):
+        alone = solver.gptq(weight[:, part], hessian, 64)
+        cut = together.outputs(part.start, part.stop)
+        assert torch.equal(alone.codes, cut.codes)
+        assert torch.equal(alone.scales, cut.scales)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_loses_far_less_than_rounding_and_clipping_helps(group_size):
+    weight, hessian = problem(256, 64, seed=2, dtype=torch.float32, tokens=300)
+    loss = {
+        "rtn": solver.output_loss(weight, solver.rtn(weight, group_size), hessian),
+        "plain": solver.output_loss(
+            weight, solver.gptq(weight, hessian, group_size, clip=False), hessian
+        ),
+        "clip": solver.output_loss(weight, solver.gptq(weight, hessian, group_size), hessian),
+    }
+    assert loss["plain"] < 0.6 * loss["rtn"]
+    assert loss["clip"] < loss["plain"]
+
+
+def test_with_white_inputs_gptq_is_rounding():
+    weight, _ = problem(64, 16)
+    white = solver.gptq(weight, torch.eye(64), 32, clip=False)
+    rounded = solver.rtn(weight, 32)
+    assert torch.equal(white.codes, rounded.codes)
+    assert torch.equal(white.scales, rounded.scales)
+
+
+def test_without_any_data_gptq_is_rounding():
+    weight, _ = problem(64, 16)
+    blind = solver.gptq(weight, torch.zeros(64, 64), 32, clip=False)
+    assert torch.equal(blind.codes, solver.rtn(weight, 32).codes)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_inputs_without_data_keep_their_rounded_weights(clip):
+    weight, hessian = problem(128, 16, seed=4)
+    dead = torch.tensor([0, 5, 63, 64, 127])
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    solution = solver.gptq(weight, hessian, 64, clip=clip)
+    scales = solution.scales.double().repeat_interleave(64, dim=0)
+    assert torch.equal(
+        solution.codes[dead], grid.encode(weight[dead], scales[dead]).to(torch.uint8)
+    )
+    assert (solution.codes[dead] != 8).any()  # rounded, not zeroed
+
+
+def test_damping_grows_until_the_factorization_holds():
+    weight, _ = problem(64, 8)
+    direction = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    singular = direction @ direction.T
+    solution = solver.gptq(weight.float(), singular, 32, damping=0.0)
+    assert solution.damping > 0
+    assert torch.isfinite(solution.scales).all()
+    # Not quite a second-moment matrix: rounding made one eigenvalue clearly negative.
+    broken = torch.eye(64)
+    broken[0, 0] = -3.0
+    assert solver.factor(broken)[1] > 1
+    assert solver.factor(torch.eye(64))[1] == solver.DAMPING
+
+
+def test_factor_is_the_factor_of_the_inverse():
+    _, hessian = problem(80, 1)
+    upper, damping = solver.factor(hessian)
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(80)
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(80, dtype=torch.float64))
+    assert torch.equal(upper, upper.triu())
+
+
+def test_rounding_agrees_with_the_layers_own():
+    weight, _ = problem(256, 33, dtype=torch.float32)
+    for group_size in (32, 64, 128, -1):
+        solution = solver.rtn(weight, group_size)
+        codes, scales = round_to_nearest(weight, group_size, torch.float16)
+        assert torch.equal(solution.codes, codes)
+        assert torch.equal(solution.scales, scales)
+
+
+def test_solution_stands_for_codes_minus_eight_times_scale():
+    weight, hessian = problem(64, 4)
+    solution = solver.gptq(weight, hessian, 32)
+    assert solution.codes.dtype == torch.uint8 and solution.codes.max() <= 15
+    assert solution.scales.dtype == torch.float16 and solution.scales.shape == (2, 4)
+    for row, column in ((0, 0), (31, 3), (32, 1), (63, 2)):
+        value = (int(solution.codes[row, column]) - 8) * solution.scales[row // 32, column].item()
+        assert solution.dequantize()[row, column].item() == pytest.approx(value, rel=1e-6)
+
+
+def test_weights_of_zero_and_beyond_fp16_stay_finite():
+    weight, hessian = problem(64, 4, dtype=torch.float32)
+    weight[:, 0] = 0
+    weight[:, 1] = 1e-9
+    weight[:, 2] *= 1e7
+    solution = solver.gptq(weight, hessian, 32)
+    assert torch.isfinite(solution.dequantize()).all()
+    assert (solution.codes[:, 0] == 8).all()
+
+
+def test_output_loss_is_the_share_of_the_outputs_energy():
+    weight, _ = problem(32, 8, dtype=torch.float32)
+    inputs = torch.randn(500, 32, generator=torch.Generator().manual_seed(9))
+    hessian = Hessian(32)
+    hessian.add(inputs)
+    solution = solver.rtn(weight, 32)
+    lost = (inputs @ (weight - solution.dequantize())).square().sum()
+    expected = (lost / (inputs @ weight).square().sum()).item()
+    assert solver.output_loss(weight, solution, hessian.mean()) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "weight, hessian, group_size, message",
+    [
+        (torch.zeros(64, 8), torch.eye(63), 32, r"hessian: expected \(64, 64\), got \(63, 63\)"),
+        (torch.zeros(64, 8), torch.full((64, 64), torch.nan), 32, "hessian: .* NaN or Inf"),
+        (torch.full((64, 8), torch.inf), torch.eye(64), 32, "weight: .* NaN or Inf"),
+        (torch.zeros(64, 8), torch.eye(64), 48, "divisor of k = 64, got 48"),
+        (torch.zeros(64, 8), torch.eye(64), 0, "divisor of k = 64, got 0"),
+        (torch.zeros(64), torch.eye(64), 32, r"expected a floating \(k, n\) matrix"),
+        (torch.zeros(64, 8).int(), torch.eye(64), 32, "got torch.int32"),
+    ],
+)
+def test_bad_input_is_refused(weight, hessian, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        solver.gptq(weight, hessian, group_size)
