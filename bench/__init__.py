@@ -1,0 +1,1 @@
+"""The benchmarks that every kernel is judged by: `python -m bench --help`."""

@@ -1,0 +1,110 @@
+"""One cell of `gemm`: a problem, the ways to compute it, and each way's checked timing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.pools import Pools, check_dense
+from marlin import ops
+from marlin.testing.timing import (
+    Rates,
+    Timing,
+    capture,
+    floor_us,
+    launch_count,
+    problem_bytes,
+    time_graph,
+)
+
+FP16_LAYOUTS = {"fp16 (k, n)": False, "fp16 (n, k)": True}  # name -> stored transposed
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way to compute a cell.
+
+    multiply(x, weight, out) launches; check(y, x, weight) asserts; `expected_us` sizes the graph.
+    """
+
+    weights: list
+    multiply: Callable[[Tensor, object, Tensor], object]
+    check: Callable[[Tensor, Tensor, object], None]
+    expected_us: float
+
+
+def our_path(pools: Pools, rates: Rates, k: int, n: int, m: int, config: str | None) -> Path:
+    def multiply(x, weight, out):
+        ops.matmul_out(x, weight.b, weight.s, out, config=config)
+
+    def check(y, x, weight):
+        weight.check(y, x)
+
+    floor = floor_us(rates, m, k, n, pools.group_size)
+    return Path(pools.packed_weights(k, n), multiply, check, floor)
+
+
+def dense_path(pools: Pools, rates: Rates, k: int, n: int, m: int, transposed: bool) -> Path:
+    def multiply(x, weight, out):
+        torch.mm(x, weight, out=out)
+
+    def check(y, x, weight):
+        check_dense(y, x, weight)
+
+    floor = floor_us(rates, m, k, n, -1, bits=16)
+    return Path(pools.dense_weights(k, n, transposed), multiply, check, floor)
+
+
+def time_path(pools: Pools, path: Path, k: int, n: int, m: int, check: bool, **timing) -> Timing:
+    """Captures the path's launches in a graph, checks what the graph writes, then times it.
+
+    The first and the last launch of the graph have an output of their own, poisoned before, and
+    both are checked: what is timed is what was checked.
+    """
+    x = pools.activations(m, k)
+    first, last = pools.output_pair(m, n)
+    launches = launch_count(len(path.weights), path.expected_us)
+
+    def launch_all():
+        for i in range(launches):
+            out = first if i == 0 else last
+            path.multiply(x, path.weights[i % len(path.weights)], out)
+
+    graph = capture(launch_all, lambda: path.multiply(x, path.weights[0], first))
+    if check:
+        pools.output_pair(m, n)  # poisons both again
+        graph.replay()
+        path.check(first, x, path.weights[0])
+        path.check(last, x, path.weights[(launches - 1) % len(path.weights)])
+    return time_graph(graph, launches, **timing)
+
+
+def summarize(
+    k: int, n: int, m: int, timings: dict[str, list[Timing]], group_size: int, rates: Rates
+) -> list[dict]:
+    """The record of a cell for each of our configurations, from the passes of every path."""
+    dense = {name: sum(t.median_us for t in timings[name]) / len(timings[name])
+             for name in FP16_LAYOUTS if name in timings}  # fmt: skip
+    layout = min(dense, key=dense.get, default=None)
+    records = []
+    for name, passes in timings.items():
+        if name in FP16_LAYOUTS:
+            continue
+        us = [timing.median_us for timing in passes]
+        mean = sum(us) / len(us)
+        floor = floor_us(rates, m, k, n, group_size)
+        fp16_us = dense.get(layout)
+        records.append({
+            "k": k, "n": n, "m": m, "config": name, "us": mean, "us_passes": us,
+            "spread_percent": 100 * (max(us) - min(us)) / mean,
+            "floor_us": floor, "percent_of_floor": 100 * floor / mean,
+            "tbyte_per_s": problem_bytes(m, k, n, group_size) / mean * 1e-6,
+            "tflop_per_s": 2 * m * k * n / mean * 1e-6,
+            "fp16_us": fp16_us, "fp16_layout": layout and layout.removeprefix("fp16 "),
+            "fp16_us_passes": layout and [t.median_us for t in timings[layout]],
+            "speedup": fp16_us and fp16_us / mean,
+            "ideal_speedup": floor_us(rates, m, k, n, -1, bits=16) / floor,
+            "clock_mhz": passes[-1].clock_mhz,
+        })  # fmt: skip
+    return records

@@ -1,0 +1,71 @@
+"""The command line: `python -m bench SUBCOMMAND`."""
+
+import argparse
+from pathlib import Path
+
+
+def shape_list(text: str) -> list[tuple[int, int]]:
+    """`4096x4096,8192x8192` -> [(k, n), …]."""
+    try:
+        shapes = [tuple(int(size) for size in item.split("x")) for item in text.split(",")]
+        if any(len(shape) != 2 or min(shape) <= 0 for shape in shapes):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected KxN[,KxN…], such as 4096x11008, got {text!r}"
+        ) from None
+    return shapes
+
+
+def int_list(text: str) -> list[int]:
+    """`1,16,64` -> [1, 16, 64]."""
+    try:
+        values = [int(item) for item in text.split(",")]
+        if min(values) <= 0:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers ≥ 1, got {text!r}") from None
+    return values
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def add_common(parser, *, quick: str) -> None:
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="folder for the results (default: bench/results)")  # fmt: skip
+
+
+def add_problem(parser) -> None:
+    parser.add_argument("--group-size", type=int, default=128, choices=(-1, 32, 64, 128),
+                        help="rows of the weight per scale; -1: one scale per column")  # fmt: skip
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"),
+                        help="of activations, scales and the baseline")  # fmt: skip
+    parser.add_argument("--config", type=names, default=["auto"], metavar="NAME[,NAME…]",
+                        help="kernel configurations; auto: the operator's own choice")  # fmt: skip
+
+
+def add_gemm(commands) -> None:
+    parser = commands.add_parser("gemm", help="one layer at a time against cuBLAS FP16 and others")
+    add_common(parser, quick="four shapes, m = 1…256, under 45 s")
+    add_problem(parser)
+    parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
+    parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
+    parser.add_argument("--no-fp16", action="store_true", help="leave out the FP16 baseline")
+    parser.set_defaults(module="gemm")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    add_gemm(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    # Imported only now: `--help` needs no Torch, and `plot` alone needs matplotlib.
+    module = __import__(f"bench.{args.module}", fromlist=["run"])
+    return module.run(args)

@@ -1,0 +1,219 @@
+"""`gemm`: one layer at a time, every shape and batch size of the anchors, against cuBLAS FP16.
+
+Protocol (DESIGN §5): random data; weights rotate over at least 256 MB; one CUDA graph of about
+600 us; checked against float64 first; 30 ms idle, then the median of 21 replays. Two passes over
+all cells, the second in reversed order.
+"""
+
+import sys
+
+import torch
+
+from bench import ceilings, compare
+from bench.cell import FP16_LAYOUTS, dense_path, our_path, summarize, time_path
+from bench.incumbents import Incumbents, incumbents_on
+from bench.machine import describe_run
+from bench.pools import Pools
+from bench.report import number, table, write_result
+from marlin.testing.timing import IDLE_SECONDS, REPLAYS, Rates, Timing, known_rates
+
+QUICK_SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192), (16384, 16896))
+QUICK_ROWS = (1, 16, 32, 64, 128, 256)
+DEFAULT_ROWS = (1, 16, 32, 64, 128, 512, 4096)
+PROTOCOL = (
+    f"weights rotate over >= 256 MB, one CUDA graph, {IDLE_SECONDS * 1e3:.0f} ms idle before each "
+    f"timing (the cold power regime), median of {REPLAYS} replays, two passes in reversed order"
+)
+AUTO = "auto"  # the configuration that the operator chooses itself
+
+Cell = tuple[int, int, int]  # (k, n, m)
+
+
+def choose_cells(shapes, rows, quick: bool, incumbents: Incumbents) -> list[Cell]:
+    """The (k, n, m) that the command line asks for."""
+    shapes = shapes or (QUICK_SHAPES if quick else incumbents.shapes())
+    if quick and not rows:
+        rows = QUICK_ROWS
+    return [
+        (k, n, m)
+        for k, n in shapes
+        for m in rows or incumbents.rows((k, n)) or DEFAULT_ROWS
+    ]  # fmt: skip
+
+
+class Measurement:
+    """All timings of a run, by cell and by path, as they come in."""
+
+    def __init__(self, pools: Pools, rates: Rates, configs: list[str], with_fp16: bool):
+        self.pools, self.rates, self.configs, self.with_fp16 = pools, rates, configs, with_fp16
+        self.timings: dict[Cell, dict[str, list[Timing]]] = {}
+        self.failures: dict[tuple[Cell, str], str] = {}
+
+    def paths(self, k: int, n: int, m: int) -> dict:
+        """name -> how to make the path."""
+        paths = {
+            name: lambda config=name: our_path(
+                self.pools, self.rates, k, n, m, None if config == AUTO else config
+            )
+            for name in self.configs
+        }
+        if self.with_fp16:
+            paths |= {
+                name: lambda t=transposed: dense_path(self.pools, self.rates, k, n, m, t)
+                for name, transposed in FP16_LAYOUTS.items()
+            }
+        return paths
+
+    def measure(self, cell: Cell, first: bool) -> None:
+        """One pass over one cell; ``first``: check the results too."""
+        paths = list(self.paths(*cell).items())
+        for name, make in paths if first else reversed(paths):
+            if (cell, name) in self.failures:
+                continue
+            try:
+                timing = time_path(self.pools, make(), *cell, check=first)
+            except (AssertionError, RuntimeError) as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                kind = "WRONG" if isinstance(error, AssertionError) else "refused"
+                self.failures[cell, name] = f"{kind}: {str(error).splitlines()[0]}"
+                print(f"{cell} {name}: {self.failures[cell, name]}", file=sys.stderr)
+                torch.cuda.synchronize()  # a broken context ends the run here, not at the next cell
+                continue
+            self.timings.setdefault(cell, {}).setdefault(name, []).append(timing)
+
+    def records(self, cells: list[Cell]) -> list[dict]:
+        found = [
+            summarize(*cell, self.timings[cell], self.pools.group_size, self.rates)
+            for cell in cells
+            if cell in self.timings
+        ]
+        return [record for records in found for record in records]
+
+
+def build_result(head: dict, options: dict, measurement: Measurement, cells: list[Cell]) -> dict:
+    """What is written as JSON."""
+    incumbents = incumbents_on(head["device"]["name"])
+    records = measurement.records(cells)
+    group_size = options["group_size"]
+    compare.add_comparison(records, incumbents, group_size)
+    sums = {
+        config: compare.model_sums(
+            [r for r in records if r["config"] == config], incumbents, group_size
+        )
+        for config in measurement.configs
+    }
+    failures = [
+        {"k": k, "n": n, "m": m, "config": name, "error": error}
+        for ((k, n, m), name), error in measurement.failures.items()
+    ]
+    return {"bench": "gemm", "schema": 1, **head, **options, "protocol": PROTOCOL,
+            "rates": vars(measurement.rates), "cells": records, "sums": sums,
+            "failures": failures}  # fmt: skip
+
+
+def cell_table(records: list[dict]) -> str:
+    configs = {r["config"] for r in records}
+    header = ["k", "n", "m", "us", "+-%", "fp16", "xFP16", "ideal", "%floor", "xpubl", "xbest",
+              "best", "MHz"]  # fmt: skip
+    rows = [
+        [r["k"], r["n"], r["m"], number(r["us"]), number(r["spread_percent"], 1),
+         number(r["fp16_us"]), number(r["speedup"]), number(r["ideal_speedup"]),
+         number(r["percent_of_floor"], 1), number(r["vs_published"]), number(r["vs_best"]),
+         (r["best_incumbent"] or "-").split("_")[0], r["clock_mhz"] or "-"]
+        for r in records
+    ]  # fmt: skip
+    if len(configs) > 1:
+        header.append("config")
+        rows = [[*row, r["config"]] for row, r in zip(rows, records, strict=True)]
+    return table(header, rows)
+
+
+def sums_table(sums: dict[str, list[dict]]) -> str:
+    """Per batch size and column: speed-up / percent of floor (the best incumbent's speed-up)."""
+    by_rows = {m: {} for column in sums.values() for m in sorted(s["m"] for s in column)}
+    for name, column in sums.items():
+        for s in column:
+            best = f" ({number(s['best_incumbent_speedup'])})" if s["best_incumbent"] else ""
+            text = f"{number(s['speedup'])} / {number(s['percent_of_floor'], 0)}{best}"
+            by_rows[s["m"]][name] = text
+    names = list(sums)
+    rows = [[m, *(cells.get(name, "-") for name in names)] for m, cells in sorted(by_rows.items())]
+    return table(["m", *names], rows)
+
+
+def format_result(result: dict) -> str:
+    """The report that a run prints."""
+    measured, rates = result.get("measured"), result["rates"]
+    lines = [
+        f"{result['device']['name']}, commit {result['commit']}, group {result['group_size']}, "
+        f"{result['dtype']}; floor: {rates['bytes_per_s'] / 1e12:.3f} TB/s, "
+        f"{rates['flops_per_s'] / 1e12:.0f} TFLOP/s",
+    ]
+    if measured:
+        lines.append(
+            f"this run: read {measured['read_bytes_per_s'] / 1e12:.3f} TB/s "
+            f"({measured['read_by']}), 8192^3 {measured['dense_flops_per_s'] / 1e12:.0f} TFLOP/s"
+        )
+    lines += [result["protocol"], "", cell_table(result["cells"])]
+    for config, sums in result["sums"].items():
+        if sums:
+            lines += ["", f"sums over layers measured alone, {config}: speed-up / % of floor "
+                      "(best incumbent's speed-up)", sums_table(sums)]  # fmt: skip
+    for key, bound, who in (
+        ("vs_published", compare.MATCH_PUBLISHED, "the published kernel"),
+        ("vs_best", compare.MATCH_BEST, "the best incumbent"),
+    ):
+        if not any(r[key] for r in result["cells"]):
+            continue
+        slower = compare.beaten(result["cells"], key, bound)
+        lines.append(f"below {bound} x {who}: {len(slower)} cells")
+        if slower:
+            lines[-1] += ", worst: " + "; ".join(
+                f"{r['k']}x{r['n']} m={r['m']} {r[key]:.2f} ({r['best_incumbent']})"
+                for r in slower[:10]
+            )
+    for failure in result["failures"]:
+        lines.append("FAILED {k}x{n} m={m} {config}: {error}".format(**failure))
+    return "\n".join(lines)
+
+
+def result_name(args) -> str:
+    """File name: a partial run never replaces a whole one."""
+    group = "" if args.group_size == 128 else f"-g{args.group_size}".replace("-g-1", "-percolumn")
+    dtype = "" if args.dtype == "float16" else f"-{args.dtype}"
+    config = "" if args.config == [AUTO] else "-" + "-".join(args.config)
+    quick = "-quick" if args.quick else ""
+    chosen = "-chosen" if args.shapes or args.rows else ""
+    return f"gemm{group}{dtype}{config}{quick}{chosen}"
+
+
+def run(args) -> int:
+    """Measures, prints, writes; 1 if a result was wrong or the automatic choice failed."""
+    if not torch.cuda.is_available():
+        print("bench gemm: expected a CUDA device, torch sees none", file=sys.stderr)
+        return 2
+    head = describe_run("cuda")
+    dtype = getattr(torch, args.dtype)
+    incumbents = incumbents_on(head["device"]["name"])
+    cells = choose_cells(args.shapes, args.rows, args.quick, incumbents)
+    if not cells:
+        print("bench gemm: no anchors for this GPU: expected --shapes", file=sys.stderr)
+        return 2
+    measured = ceilings.measure(dtype)
+    rates = known_rates(head["device"]["name"]) or ceilings.rates_from(measured)
+    torch.cuda.empty_cache()
+    pools = Pools(cells, args.group_size, dtype, dense=not args.no_fp16)
+    measurement = Measurement(pools, rates, args.config, not args.no_fp16)
+    options = {"group_size": args.group_size, "dtype": args.dtype, "measured": measured}
+    with torch.inference_mode():
+        for order, first in ((cells, True), (cells[::-1], False)):
+            for cell in order:
+                measurement.measure(cell, first)
+            result = build_result(head, options, measurement, cells)
+            path = write_result(result, result_name(args), args.out)
+    print(format_result(result))
+    print(f"\nwritten to {path}")
+    failed = [f for f in result["failures"]
+              if f["error"].startswith("WRONG") or f["config"] == AUTO]  # fmt: skip
+    return 1 if failed or not result["cells"] else 0
