@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+GROUP_SIZES = (-1, 32, 64, 128)
+
 
 def shape_list(text: str) -> list[tuple[int, int]]:
     """`4096x4096,8192x8192` -> [(k, n), …]."""
@@ -39,7 +41,7 @@ def add_common(parser, *, quick: str) -> None:
 
 
 def add_problem(parser) -> None:
-    parser.add_argument("--group-size", type=int, default=128, choices=(-1, 32, 64, 128),
+    parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES,
                         help="rows of the weight per scale; -1: one scale per column")  # fmt: skip
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"),
                         help="of activations, scales and the baseline")  # fmt: skip
@@ -57,10 +59,27 @@ def add_gemm(commands) -> None:
     parser.set_defaults(module="gemm")
 
 
+def add_cpu(commands) -> None:
+    parser = commands.add_parser("cpu", help="the CPU backend against float32 on the same cores")
+    add_common(parser, quick="three batch sizes, seconds")
+    parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES)
+    parser.add_argument("--shapes", type=shape_list, metavar="KxN", help="default: 4096x4096")
+    parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
+    parser.set_defaults(module="cpu")
+
+
+def add_pack(commands) -> None:
+    parser = commands.add_parser("pack", help="ms to pack, unpack and dequantize a layer")
+    add_common(parser, quick="fewer repeats")
+    parser.add_argument("--shapes", type=shape_list, metavar="KxN", help="default: 4096x11008")
+    parser.set_defaults(module="pack")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    add_gemm(commands)
+    for add in (add_gemm, add_cpu, add_pack):
+        add(commands)
     return parser
 
 

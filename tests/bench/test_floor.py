@@ -28,7 +28,9 @@ def test_floor_of_every_anchor():
     assert len(rows) > 90
     for row in rows:
         m, k, n = int(row["m"]), int(row["k"]), int(row["n"])
-        assert floor_us(H200, m, k, n, 128) == pytest.approx(float(row["floor_us"]), rel=3e-4, abs=0.006)
+        assert floor_us(H200, m, k, n, 128) == pytest.approx(
+            float(row["floor_us"]), rel=5e-4, abs=0.008
+        )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_rotation_and_launches():
 def test_interleaving_calls_each_in_turn():
     calls = []
     paths = {name: lambda i, name=name: calls.append((name, i)) for name in "ab"}
-    seconds = timing.time_interleaved(paths, 4)
-    assert calls == [("a", 0), ("b", 0)] + [(name, i) for i in range(4) for name in "ab"]
-    assert [len(s) for s in seconds.values()] == [4, 4]
-    assert [len(s) for s in timing.time_interleaved(paths, 9, 0.0).values()] == [3, 3]
+    seconds = timing.time_interleaved(paths, 3)
+    assert calls == [(name, 0) for name in "abab"] + [("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert [len(s) for s in seconds.values()] == [3, 3]
+    assert [len(s) for s in timing.time_interleaved(paths, 9, 0.0).values()] == [4, 4]
