@@ -84,7 +84,8 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
             continue
         seen.add(dense.module)
         target = Target(dense.name, *dense_weight(dense.module).shape)
-        block = next((i for i, b in enumerate(blocks) if dense.name.startswith(b + ".")), None)
+        inside = (i for i, b in enumerate(blocks) if f"{dense.name}.".startswith(f"{b}."))
+        block = next(inside, None)
         if block is None:
             plan.kept[target.name] = "outside the decoder layers"
         elif any(fnmatch.fnmatchcase(target.name, pattern) for pattern in skip):

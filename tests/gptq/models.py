@@ -1,5 +1,6 @@
 """Small randomly initialised models of every architecture the walk must know, and a tokenizer."""
 
+import json
 from pydoc_data.topics import topics
 
 import torch
@@ -90,4 +91,53 @@ def save(name, directory):
     model = build(name)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
+    return model
+
+
+def save_gguf(path):
+    """A llama of the same size as a GGUF file, the way llama.cpp's converter would write it."""
+    import gguf
+
+    model, core = build("llama"), tokenizer()
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+
+    vocabulary = core.get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
+    merges = json.loads(core.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for i, layer in enumerate(model.model.layers):
+        for ours, theirs in names.items():
+            weight = layer.get_submodule(ours).weight.detach()
+            if theirs in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves of each head
+                heads = weight.shape[0] // config.head_dim
+                weight = weight.unflatten(0, (heads, 2, config.head_dim // 2))
+                weight = weight.transpose(1, 2).flatten(0, 2)
+            writer.add_tensor(f"blk.{i}.{theirs}.weight", weight.contiguous().numpy())
+    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return model

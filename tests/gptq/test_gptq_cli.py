@@ -1,0 +1,188 @@
+"""The commands as a user runs them; once each in a process of its own, the rest within this one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, save, save_gguf, tokenizer
+from transformers import AutoTokenizer
+
+from gptq import cli, evaluate
+from marlin.checkpoint import load_pretrained
+from marlin.layer import MarlinLinear
+
+ROOT = Path(__file__).parents[2]
+TEXT = "for name in names:\n    if name in seen:\n        continue\n    print(name)\n\n" * 12
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "gptq", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def call(*arguments):
+    """The same without a new process, whose imports take seconds."""
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A model directory, a text, and the GPTQ checkpoint of the model that the tests look at."""
+    folder = tmp_path_factory.mktemp("cli")
+    save("llama", folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    finished = run(
+        "quantize", folder / "model", "--out", folder / "gptq", "--group-size", 32,
+        "--calibration", folder / "text.txt", "--nsamples", 6, "--seqlen", 64, "--device", "cpu",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    (folder / "stdout").write_text(finished.stdout)
+    (folder / "stderr").write_text(finished.stderr)
+    return folder
+
+
+def nll_of(model):
+    return evaluate.evaluate(model, tokenizer(), [TEXT], seqlen=48).nll
+
+
+def test_writes_a_checkpoint_that_loads_with_marlin_layers(work):
+    model = load_pretrained(work / "gptq")
+    layers = [module for module in model.modules() if isinstance(module, MarlinLinear)]
+    assert len(layers) == 21 and all(layer.group_size == 32 for layer in layers)
+    assert model.dtype == torch.float16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    again = AutoTokenizer.from_pretrained(work / "gptq")
+    assert again(TEXT).input_ids == tokenizer()(TEXT).input_ids
+
+
+def test_says_what_it_will_and_will_not_do_before_it_starts(work):
+    lines = (work / "stdout").read_text().splitlines()
+    assert lines[0].startswith("To quantize: 21 linear layers in 3 blocks")
+    assert lines[1] == "Full precision: lm_head (outside the decoder layers)"
+    assert lines[2] == "Full precision: model.embed_tokens (embedding)"
+    assert lines.index(f"Loading {work / 'model'}") > 2
+    assert "mlp.down_proj loss" in (work / "stderr").read_text()  # the progress bar
+
+
+def test_reports_every_module(work):
+    report = json.loads((work / "gptq" / "gptq_report.json").read_text())
+    assert report["method"] == "gptq" and report["group_size"] == 32
+    assert report["samples"] == 6 and report["tokens"] > 6 * 16
+    assert len(report["modules"]) == 21
+    for module in report["modules"]:
+        assert 0 < module["loss"] < module["rtn_loss"]
+        assert module["tokens"] == report["tokens"]
+    assert report["full_precision"]["lm_head"] == "outside the decoder layers"
+
+
+def test_gptq_beats_rounding_on_its_own_text_and_eval_measures_it(work, capsys):
+    call(
+        "quantize", work / "model", "--out", work / "rtn", "--group-size", 32, "--method", "rtn",
+        "--device", "cpu",
+    )  # fmt: skip
+    results = {}
+    for name in ("model", "gptq", "rtn"):
+        capsys.readouterr()
+        call(
+            "eval", work / name, "--text", work / "text.txt", "--seqlen", 48, "--json",
+            "--device", "cpu",
+        )  # fmt: skip
+        results[name] = json.loads(capsys.readouterr().out)
+    assert results["model"]["nll"] == pytest.approx(nll_of(build("llama")), rel=1e-5)
+    packed = load_pretrained(work / "gptq", dtype=torch.float32)
+    assert results["gptq"]["nll"] == pytest.approx(nll_of(packed), rel=1e-5)
+    full, ours, rounded = (results[name]["nll"] for name in ("model", "gptq", "rtn"))
+    assert abs(ours - full) < abs(rounded - full)
+
+
+def test_eval_prints_for_people_too(work):
+    finished = run("eval", work / "gptq", "--text", work / "text.txt", "--max-tokens", 60)
+    assert finished.returncode == 0, finished.stderr
+    assert [line.split()[0] for line in finished.stdout.splitlines()] == [
+        "nll", "perplexity", "tokens",
+    ]  # fmt: skip
+
+
+def test_packed_layers_compute_what_was_solved(work):
+    """The codes on disk, through the operators, against the dense weights they stand for."""
+    packed = load_pretrained(work / "gptq", dtype=torch.float32)
+    dense = build("llama")
+    state = {k: v for k, v in packed.state_dict().items() if not k.endswith((".B", ".s"))}
+    dense.load_state_dict(state, strict=False)
+    for name, module in packed.named_modules():
+        if isinstance(module, MarlinLinear):
+            dense.get_submodule(name).weight.data = module.dequantize().float()
+    ids = tokenizer()(TEXT, return_tensors="pt").input_ids[:, :64]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_gguf_files(tmp_path):
+    original = save_gguf(tmp_path / "tiny.gguf")
+    arguments = ("--group-size", 32, "--nsamples", 4, "--seqlen", 48, "--device", "cpu")
+    call("quantize", tmp_path / "tiny.gguf", "--out", tmp_path / "out", *arguments)
+    model = load_pretrained(tmp_path / "out", dtype=torch.float32)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "marlin"
+    name = "model.layers.1.self_attn.q_proj"
+    weight = original.get_submodule(name).weight
+    error = model.get_submodule(name).dequantize() - weight
+    assert error.norm() < 0.2 * weight.norm()  # the same weights, in the same order
+
+
+@pytest.mark.parametrize("name, linears", [("gpt2", 12), ("bert", 18)])
+def test_models_that_are_no_llama(name, linears, tmp_path):
+    save(name, tmp_path / "model")
+    call(
+        "quantize", tmp_path / "model", "--out", tmp_path / "out", "--group-size", 32,
+        "--nsamples", 4, "--seqlen", 48, "--device", "cpu", "--dtype", "bfloat16",
+    )  # fmt: skip
+    model = load_pretrained(tmp_path / "out", dtype=torch.float32)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MarlinLinear)}
+    assert len(layers) == linears
+    original = build(name)
+    for dotted, layer in layers.items():
+        bias = original.get_submodule(dotted).bias
+        torch.testing.assert_close(layer.bias, bias.detach(), rtol=1e-2, atol=1e-2)
+
+
+QUANTIZE = ("quantize", "{work}/model", "--out", "{work}/x")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (QUANTIZE, "--group-size 32 takes every layer"),
+        ((*QUANTIZE, "--group-size", "96"), "invalid choice"),
+        ((*QUANTIZE, "--bits", "3"), "invalid choice"),
+        ((*QUANTIZE, "--nsamples", "0"), "expected a positive number"),
+        ((*QUANTIZE, "--group-size", "32", "--calibration", "{work}/none.txt"), "none.txt"),
+        (("quantize", "{work}/model", "--out", "{work}/model"), "another directory"),
+        (("quantize", "{work}/gptq", "--out", "{work}/x"), "got quant_method 'marlin'"),
+        (("quantize", "{work}/none", "--out", "{work}/x"), "a hub id or a .gguf file"),
+        (("quantize", "{work}/none.gguf", "--out", "{work}/x"), "expected a .gguf file"),
+        (("eval", "{work}/model", "--text", "{work}/none.txt"), "expected a file or 'pydoc'"),
+        (("eval", "{work}/model"), "--text"),
+        ((), "COMMAND"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(work, arguments, message, capsys):
+    try:
+        status = cli.main([argument.format(work=work) for argument in arguments])
+    except SystemExit as leaving:  # argparse's own errors
+        status = leaving.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (work / "x").exists()
+
+
+def test_status_reaches_the_shell(work):
+    finished = run("eval", work / "nowhere", "--text", work / "text.txt")
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in finished.stderr
