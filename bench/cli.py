@@ -59,6 +59,17 @@ def add_gemm(commands) -> None:
     parser.set_defaults(module="gemm")
 
 
+def add_layer(commands) -> None:
+    parser = commands.add_parser("layer", help="whole decoder blocks, chained, against cuBLAS FP16")
+    add_common(parser, quick="Llama-2-7B at four batch sizes")
+    add_problem(parser)
+    parser.add_argument("--models", type=names, metavar="NAME,…",
+                        help="Llama-2-7B, Llama-3-8B, Llama-3-70B (default: these), Qwen2-7B, "
+                        "Mistral-7B")  # fmt: skip
+    parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
+    parser.set_defaults(module="layer")
+
+
 def add_cpu(commands) -> None:
     parser = commands.add_parser("cpu", help="the CPU backend against float32 on the same cores")
     add_common(parser, quick="three batch sizes, seconds")
@@ -78,7 +89,7 @@ def add_pack(commands) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for add in (add_gemm, add_cpu, add_pack):
+    for add in (add_gemm, add_layer, add_cpu, add_pack):
         add(commands)
     return parser
 

@@ -44,7 +44,7 @@ def test_cpu_times_nothing_that_is_wrong(monkeypatch, wrong):
     weights = cpu.Weights(256, 128, 128, 1000)
     right = cpu.ops.matmul
     monkeypatch.setattr(cpu.ops, "matmul", lambda *args, **kwargs: right(*args) + wrong)
-    with pytest.raises(AssertionError, match="is (nan|[0-9.e+]+)$"):
+    with pytest.raises(AssertionError, match=r"is (nan|[0-9.e+]+)$"):
         cpu.measure(weights, 2, ["portable"], 0.0)
 
 

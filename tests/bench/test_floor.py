@@ -29,7 +29,7 @@ def test_floor_of_every_anchor():
     for row in rows:
         m, k, n = int(row["m"]), int(row["k"]), int(row["n"])
         assert floor_us(H200, m, k, n, 128) == pytest.approx(
-            float(row["floor_us"]), rel=5e-4, abs=0.008
+            float(row["floor_us"]), rel=5e-4, abs=0.01
         )
 
 
