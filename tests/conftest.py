@@ -6,6 +6,12 @@ MARLIN_REQUIRE_GPU=1 makes a missing GPU an error instead, for the machine that 
 import os
 
 import pytest
+from hypothesis import settings
+
+# Two busy cores make any example slow now and then: no deadline. The same examples in every run:
+# what fails in CI fails at home.
+settings.register_profile("marlin", deadline=None, derandomize=True)
+settings.load_profile("marlin")
 
 SKIPPED_FOR_GPU = pytest.StashKey[list]()
 

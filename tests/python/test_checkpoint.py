@@ -195,6 +195,29 @@ def test_layers_of_several_group_sizes(tmp_path):
         assert torch.equal(load_pretrained(tmp_path / "model")(IDS)[0], model(IDS)[0])
 
 
+def test_shared_modules_and_parameters_named_like_ours(tmp_path, monkeypatch):
+    class Odd(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[1].mlp = self.model.layers[0].mlp
+            self.model.norm.B = nn.Parameter(torch.randn(3))
+
+    # transformers replaces its module while it is in use: this is the one that imports find.
+    monkeypatch.setattr(sys.modules["transformers"], "Odd", Odd, raising=False)
+    model = Odd(make().config)
+    quantize(model, 32)
+    save_pretrained(model, tmp_path / "model")
+    names = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert "model.layers.0.mlp.up_proj.B" in names and "model.norm.B" in names
+    assert not any(name.startswith("model.layers.1.mlp") for name in names)
+    loaded = load_pretrained(tmp_path / "model")
+    assert loaded.model.layers[1].mlp is loaded.model.layers[0].mlp
+    assert isinstance(loaded.model.layers[1].mlp.up_proj, MarlinLinear)
+    assert torch.equal(loaded.model.norm.B, model.model.norm.B)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)[0], model.eval()(IDS)[0])
+
+
 def test_published_layers_save_as_well(tmp_path):
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**SMALL, num_key_value_heads=2)
@@ -266,8 +289,8 @@ print((peak() - before) * 1024 / total)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_the_memory_of_the_checkpoint_once(tmp_path):
-    config = dict(SMALL, vocab_size=50000, hidden_size=512, intermediate_size=1024)
-    config["num_attention_heads"] = 8
+    # Dense, the packed layers alone would be 1.6 times the whole checkpoint.
+    config = dict(SMALL, vocab_size=8000, hidden_size=1024, intermediate_size=4096)
     model = transformers.MistralForCausalLM(transformers.MistralConfig(**config))
     quantize(model, 128)
     save_pretrained(model, tmp_path / "model", max_shard_size="40MB")
@@ -275,7 +298,7 @@ def test_loading_takes_the_memory_of_the_checkpoint_once(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / "model"], capture_output=True, text=True, check=True
     )
-    assert float(run.stdout.split()[-1]) < 1.3
+    assert float(run.stdout.split()[-1]) < 1.4
 
 
 # ------------------------------------------------------------------------- interrupted saving
@@ -486,9 +509,9 @@ def set_quantization(**values):
         (lambda c: c.update(architectures=["Nothing"]), "no model 'Nothing'"),
         (lambda c: c.update(architectures=["AutoConfig"]), "no model 'AutoConfig'"),
         (lambda c: c.update(architectures=[]), "no model"),
-        (lambda c: c.update(architectures="__name__"), ""),
-        (lambda c: c.update(architectures=[["x"]]), ""),
-        (lambda c: c.update(architectures=["BertModel"]), ""),
+        (lambda c: c.update(architectures="__name__"), None),
+        (lambda c: c.update(architectures=[["x"]]), None),
+        (lambda c: c.update(architectures=["BertModel"]), None),
         (lambda c: c.update(model_type="surprise"), "surprise"),
         (lambda c: c.pop("model_type"), "config.json"),
         (lambda c: c.update(hidden_size=32), "expected shape"),
@@ -496,7 +519,7 @@ def set_quantization(**values):
         (lambda c: c.update(num_hidden_layers=1), "no linear layer: model.layers.1"),
         (lambda c: c.update(num_hidden_layers=3), "missing tensor model.layers.2"),
         (lambda c: c.update(vocab_size="many"), "config.json"),
-        (lambda c: c.update(dtype="nonsense"), ""),
+        (lambda c: c.update(dtype="nonsense"), None),
     ],
 )
 def test_configurations_that_do_not_fit(change, message, damaged):

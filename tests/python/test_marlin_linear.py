@@ -70,6 +70,8 @@ def test_rounding_to_nearest_is_within_half_a_step(k, n, group_size, seed):
     # +7.5 steps is nearest to code 7: there the error is half a step, give or take rounding.
     assert ((layer.dequantize().float() - linear.weight).abs() <= scales.t() * 0.5001 + 1e-3).all()
     assert layer.dequantize().shape == (n, k)
+    largest = linear.weight.detach().t().reshape(groups, -1, n).abs().amax(1)
+    assert torch.equal(ops.unpack_scales(layer.s)[:, :n], (largest / 7.5).half())
 
 
 def test_from_quantized_holds_exactly_what_it_was_given():
@@ -84,6 +86,8 @@ def test_from_quantized_holds_exactly_what_it_was_given():
     assert torch.equal(layer.bias, bias.half())
     weight = (codes.float() - 8) * scales.float().repeat_interleave(32, 0)
     assert torch.equal(layer.dequantize(), weight.half().t())
+    own = bias.half()
+    assert MarlinLinear.from_quantized(codes, scales, own).bias.data_ptr() != own.data_ptr()
     # Slices and transposes are not contiguous: the operators would refuse them.
     other = MarlinLinear.from_quantized(codes.t().contiguous().t(), scales[:, :].t().clone().t())
     assert torch.equal(other.B, layer.B) and other.bias is None
