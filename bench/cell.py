@@ -18,6 +18,7 @@ from marlin.testing.timing import (
     time_graph,
 )
 
+AUTO = "auto"  # the configuration that the operator chooses itself
 FP16_LAYOUTS = {"fp16 (k, n)": False, "fp16 (n, k)": True}  # name -> stored transposed
 
 
@@ -56,8 +57,17 @@ def dense_path(pools: Pools, rates: Rates, k: int, n: int, m: int, transposed: b
     return Path(pools.dense_weights(k, n, transposed), multiply, check, floor)
 
 
-def time_path(pools: Pools, path: Path, k: int, n: int, m: int, check: bool, **timing) -> Timing:
-    """Captures the path's launches in a graph, checks what the graph writes, then times it.
+def make_path(name: str, pools: Pools, rates: Rates, k: int, n: int, m: int) -> Path:
+    """A path by its name: a layout of the baseline, or one of our configurations."""
+    if name in FP16_LAYOUTS:
+        return dense_path(pools, rates, k, n, m, FP16_LAYOUTS[name])
+    return our_path(pools, rates, k, n, m, None if name == AUTO else name)
+
+
+def capture_path(
+    pools: Pools, path: Path, k: int, n: int, m: int, check: bool
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """The path's launches in a graph, and how many; ``check``: first assert what it writes.
 
     The first and the last launch of the graph have an output of their own, poisoned before, and
     both are checked: what is timed is what was checked.
@@ -77,7 +87,12 @@ def time_path(pools: Pools, path: Path, k: int, n: int, m: int, check: bool, **t
         graph.replay()
         path.check(first, x, path.weights[0])
         path.check(last, x, path.weights[(launches - 1) % len(path.weights)])
-    return time_graph(graph, launches, **timing)
+    return graph, launches
+
+
+def time_path(pools: Pools, path: Path, k: int, n: int, m: int, check: bool) -> Timing:
+    """The protocol's timing of a path."""
+    return time_graph(*capture_path(pools, path, k, n, m, check))
 
 
 def summarize(

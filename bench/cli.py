@@ -55,7 +55,12 @@ def add_gemm(commands) -> None:
     add_problem(parser)
     parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
     parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
+    parser.add_argument("--full", action="store_true",
+                        help="13 batch sizes from 1 to 8192 for every shape")  # fmt: skip
     parser.add_argument("--no-fp16", action="store_true", help="leave out the FP16 baseline")
+    parser.add_argument("--sustained", action="store_true",
+                        help="loop a few cells for --seconds each, log the clock")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=30.0, help="per sustained loop")
     parser.set_defaults(module="gemm")
 
 
@@ -86,10 +91,24 @@ def add_pack(commands) -> None:
     parser.set_defaults(module="pack")
 
 
+def add_call(commands) -> None:
+    parser = commands.add_parser("call", help="host time of an eager call against F.linear")
+    add_common(parser, quick="fewer repeats")
+    parser.set_defaults(module="call")
+
+
+def add_plot(commands) -> None:
+    parser = commands.add_parser("plot", help="draw a gemm result: speed-up, percent of floor")
+    parser.add_argument("results", type=Path, nargs="*", metavar="gemm.json",
+                        help="default: every bench/results/*/gemm.json")  # fmt: skip
+    parser.add_argument("--format", default="png", choices=("png", "svg"))
+    parser.set_defaults(module="plot")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for add in (add_gemm, add_layer, add_cpu, add_pack):
+    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_plot):
         add(commands)
     return parser
 

@@ -46,10 +46,14 @@ def add_up(
     fp16 = None if None in [r["fp16_us"] for r in chosen] else sum(r["fp16_us"] for r in chosen)
     cells = [(k, n, m) for k, n in shapes]
     best_name, best_us = incumbents.best_sum(cells, group_size) or (None, None)
+    published = [incumbents.published_us(cell, group_size) for cell in cells]
+    published_us = None if None in published else sum(published)
     their_fp16 = incumbents.fp16_sum(cells)
     return {
         "m": m, "us": us, "fp16_us": fp16, "speedup": fp16 and fp16 / us,
         "percent_of_floor": 100 * floor / us,
+        "ideal_speedup": sum(r["ideal_speedup"] * r["floor_us"] for r in chosen) / floor,
+        "published_speedup": published_us and their_fp16 and their_fp16 / published_us,
         "best_incumbent": best_name, "best_incumbent_us": best_us,
         "best_incumbent_speedup": best_us and their_fp16 and their_fp16 / best_us,
         "vs_best": best_us and best_us / us,

@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from bench import ceilings, compare
-from bench.cell import FP16_LAYOUTS, dense_path, our_path, summarize, time_path
+from bench import ceilings, compare, sustained
+from bench.cell import AUTO, FP16_LAYOUTS, make_path, summarize, time_path
 from bench.incumbents import Incumbents, incumbents_on
 from bench.machine import describe_run
 from bench.pools import Pools
@@ -19,21 +19,20 @@ from marlin.testing.timing import IDLE_SECONDS, REPLAYS, Rates, Timing, known_ra
 
 QUICK_SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192), (16384, 16896))
 QUICK_ROWS = (1, 16, 32, 64, 128, 256)
+FULL_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 DEFAULT_ROWS = (1, 16, 32, 64, 128, 512, 4096)
 PROTOCOL = (
     f"weights rotate over >= 256 MB, one CUDA graph, {IDLE_SECONDS * 1e3:.0f} ms idle before each "
     f"timing (the cold power regime), median of {REPLAYS} replays, two passes in reversed order"
 )
-AUTO = "auto"  # the configuration that the operator chooses itself
 
 Cell = tuple[int, int, int]  # (k, n, m)
 
 
-def choose_cells(shapes, rows, quick: bool, incumbents: Incumbents) -> list[Cell]:
+def choose_cells(args, incumbents: Incumbents) -> list[Cell]:
     """The (k, n, m) that the command line asks for."""
-    shapes = shapes or (QUICK_SHAPES if quick else incumbents.shapes())
-    if quick and not rows:
-        rows = QUICK_ROWS
+    shapes = args.shapes or (QUICK_SHAPES if args.quick else incumbents.shapes())
+    rows = args.rows or (FULL_ROWS if args.full else QUICK_ROWS if args.quick else None)
     return [
         (k, n, m)
         for k, n in shapes
@@ -49,29 +48,15 @@ class Measurement:
         self.timings: dict[Cell, dict[str, list[Timing]]] = {}
         self.failures: dict[tuple[Cell, str], str] = {}
 
-    def paths(self, k: int, n: int, m: int) -> dict:
-        """name -> how to make the path."""
-        paths = {
-            name: lambda config=name: our_path(
-                self.pools, self.rates, k, n, m, None if config == AUTO else config
-            )
-            for name in self.configs
-        }
-        if self.with_fp16:
-            paths |= {
-                name: lambda t=transposed: dense_path(self.pools, self.rates, k, n, m, t)
-                for name, transposed in FP16_LAYOUTS.items()
-            }
-        return paths
-
     def measure(self, cell: Cell, first: bool) -> None:
         """One pass over one cell; ``first``: check the results too."""
-        paths = list(self.paths(*cell).items())
-        for name, make in paths if first else reversed(paths):
+        names = [*self.configs, *(FP16_LAYOUTS if self.with_fp16 else ())]
+        for name in names if first else reversed(names):
             if (cell, name) in self.failures:
                 continue
             try:
-                timing = time_path(self.pools, make(), *cell, check=first)
+                path = make_path(name, self.pools, self.rates, *cell)
+                timing = time_path(self.pools, path, *cell, check=first)
             except (AssertionError, RuntimeError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
@@ -183,7 +168,7 @@ def result_name(args) -> str:
     group = "" if args.group_size == 128 else f"-g{args.group_size}".replace("-g-1", "-percolumn")
     dtype = "" if args.dtype == "float16" else f"-{args.dtype}"
     config = "" if args.config == [AUTO] else "-" + "-".join(args.config)
-    quick = "-quick" if args.quick else ""
+    quick = "-full" * args.full + "-quick" * args.quick
     chosen = "-chosen" if args.shapes or args.rows else ""
     return f"gemm{group}{dtype}{config}{quick}{chosen}"
 
@@ -196,7 +181,9 @@ def run(args) -> int:
     head = describe_run("cuda")
     dtype = getattr(torch, args.dtype)
     incumbents = incumbents_on(head["device"]["name"])
-    cells = choose_cells(args.shapes, args.rows, args.quick, incumbents)
+    if args.sustained:
+        return sustained.run(args, head)
+    cells = choose_cells(args, incumbents)
     if not cells:
         print("bench gemm: no anchors for this GPU: expected --shapes", file=sys.stderr)
         return 2

@@ -12,8 +12,8 @@ import torch
 
 from bench import ceilings
 from bench.blocks import Chain, Step, block_steps
-from bench.cell import FP16_LAYOUTS, dense_path, our_path, time_path
-from bench.gemm import AUTO, PROTOCOL
+from bench.cell import AUTO, FP16_LAYOUTS, make_path, time_path
+from bench.gemm import PROTOCOL
 from bench.machine import describe_run
 from bench.pools import PackedWeight, Pools, check_dense
 from bench.report import number, table, write_result
@@ -188,10 +188,8 @@ class ModelMeasurement:
 
     def _time_alone(self, pools: Pools, name: str, k: int, n: int, m: int, check: bool) -> float:
         """us of one layer; for FP16 the better of both layouts."""
-        if name == FP16:
-            paths = [dense_path(pools, self.rates, k, n, m, t) for t in FP16_LAYOUTS.values()]
-        else:
-            paths = [our_path(pools, self.rates, k, n, m, None if name == AUTO else name)]
+        names = FP16_LAYOUTS if name == FP16 else [name]
+        paths = [make_path(each, pools, self.rates, k, n, m) for each in names]
         return min(time_path(pools, path, k, n, m, check).median_us for path in paths)
 
     def _fail(self, m: int, variant: str, path: str, error: Exception) -> None:

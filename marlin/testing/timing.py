@@ -146,12 +146,17 @@ def time_graph(
 
 
 def time_interleaved(
-    paths: dict[str, Callable[[int], object]], rounds: int, budget_seconds: float = float("inf")
+    paths: dict[str, Callable[[int], object]],
+    rounds: int,
+    budget_seconds: float = float("inf"),
+    in_order: bool = False,
 ) -> dict[str, list[float]]:
     """Times host functions in turn, so that whoever shares the machine disturbs all alike.
 
     Each is called with the number of the round, to choose a buffer. Stops after ``rounds``, or once
-    ``budget_seconds`` are spent and there were four. Returns seconds of every call.
+    ``budget_seconds`` are spent and there were four. Every other round runs in reversed order, as a
+    call also pays for what its predecessor left in the caches, unless ``in_order`` forbids it.
+    Returns seconds of every call.
     """
     for function in paths.values():
         function(0)
@@ -160,8 +165,8 @@ def time_interleaved(
     for done in range(rounds):
         if done >= 4 and time.perf_counter() > end:
             break
-        # Reversed every other round: a call also pays for what its predecessor left in the caches.
-        for name, function in list(paths.items())[:: 1 if done % 2 == 0 else -1]:
+        step = -1 if done % 2 and not in_order else 1
+        for name, function in list(paths.items())[::step]:
             start = time.perf_counter()
             function(done)
             seconds[name].append(time.perf_counter() - start)

@@ -110,16 +110,20 @@ def test_result_is_json_and_prints(on_cpu, tmp_path):
 
 
 def test_default_cells_are_those_of_the_anchors():
-    incumbents = read_anchors()
-    assert len(gemm.choose_cells(None, None, False, incumbents)) == 96
-    assert len(gemm.choose_cells(None, None, True, incumbents)) == 24
-    assert gemm.choose_cells([(64, 64)], [3], False, incumbents) == [(64, 64, 3)]
-    assert gemm.choose_cells([(64, 64)], None, False, incumbents)[0] == (64, 64, 1)
-    assert gemm.choose_cells(None, None, False, Incumbents()) == []
+    def cells(*argv, incumbents=read_anchors()):  # noqa: B008
+        return gemm.choose_cells(cli.make_parser().parse_args(["gemm", *argv]), incumbents)
+
+    assert cells() == list(read_anchors().us) and len(cells()) == 96
+    assert len(cells("--quick")) == 24
+    assert len(cells("--full")) == 12 * 13 and set(cells()) <= set(cells("--full"))
+    assert cells("--shapes", "64x128", "--rows", "3") == [(64, 128, 3)]
+    assert cells("--shapes", "64x64")[0] == (64, 64, 1)
+    assert cells(incumbents=Incumbents()) == []
 
 
 def record_of(k, n, m, us=10.0, fp16_us=30.0):
-    return {"k": k, "n": n, "m": m, "us": us, "fp16_us": fp16_us, "floor_us": 5.0}
+    return {"k": k, "n": n, "m": m, "us": us, "fp16_us": fp16_us, "floor_us": 5.0,
+            "ideal_speedup": 3.5}  # fmt: skip
 
 
 def test_sums_add_a_models_fused_layers_and_name_the_best_rival():
@@ -130,6 +134,7 @@ def test_sums_add_a_models_fused_layers_and_name_the_best_rival():
     assert row["us"] == 40 and row["speedup"] == 3 and row["percent_of_floor"] == 50
     assert row["best_incumbent"] == "humming"  # the anchors' README: 1.93 times FP16
     assert row["best_incumbent_speedup"] == pytest.approx(1.93, abs=0.005)
+    assert row["ideal_speedup"] == 3.5 and 1 < row["published_speedup"] < 1.93
 
 
 def test_fused_layers_are_in_the_anchors():
