@@ -131,7 +131,7 @@ def plan_build(root: Path) -> BuildPlan:
         ),
         Library(
             "host",
-            ["csrc/bindings/module.cpp", *CPU_SOURCES],
+            ["csrc/bindings/module.cpp", "csrc/dispatch/select.cpp", *CPU_SOURCES],
             [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"],
             ["-lpthread"],
         ),
@@ -141,11 +141,12 @@ def plan_build(root: Path) -> BuildPlan:
     report = {"cuda": missing is None, "why_no_cuda": missing, "torch": torch.__version__}
     if missing is None:
         cuda_home = Path(nvcc).resolve().parent.parent
-        kernels = sorted(str(p.relative_to(root)) for p in root.glob("csrc/kernel/**/*.cu"))
+        kernels = sorted(str(p.relative_to(root)) for p in root.glob("csrc/**/*.cu"))
+        dispatch = [f"csrc/dispatch/{name}.cpp" for name in ("device", "launch", "select")]
         libraries.append(
             Library(
                 "_ops_cuda",
-                ["csrc/torch/cuda_ops.cpp", "csrc/dispatch/device.cpp", *border, *kernels],
+                ["csrc/torch/cuda_ops.cpp", *dispatch, *border, *kernels],
                 [*torch_flags, f"-isystem{cuda_home / 'include'}"],
                 [f"-L{torch_lib}", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10",
                  f"-L{cuda_home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"],

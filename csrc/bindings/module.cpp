@@ -13,8 +13,10 @@
 #include "core/half.h"
 #include "cpu/backend.h"
 #include "cpu/pack.h"
+#include "dispatch/select.h"
 #include "format/scale_order.h"
 #include "format/weight_words.h"
+#include "pipeline/shared_memory.h"
 
 namespace py = pybind11;
 using namespace marlin;
@@ -129,6 +131,44 @@ py::array dequantize(const py::array& b, const py::array& s) {
   return values;
 }
 
+Problem make_problem(int64_t m, int64_t n, int64_t k, int64_t group_size) {
+  return {m, n, k, group_size == -1 ? 1 : k / group_size, Dtype::kF16, Dtype::kF16};
+}
+
+// The kernel configurations of the sm_80 engine: name -> what a CTA is.
+py::dict kernel_shapes() {
+  py::dict shapes;
+  for (size_t i = 0; i < kSm80Shapes.size(); ++i) {
+    const CtaShape& shape = kSm80Shapes[i].shape;
+    py::dict entry;
+    entry["rows"] = shape.rows;
+    entry["columns"] = shape.columns();
+    entry["depth_groups"] = shape.depth_groups;
+    entry["stages"] = shape.stages;
+    entry["threads"] = shape.threads();
+    entry["shared_bytes"] = kSm80SharedBytes[i];
+    shapes[py::str(std::string(kSm80Shapes[i].name))] = entry;
+  }
+  return shapes;
+}
+
+std::string select_config(int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
+                   int shared_bytes) {
+  return config_name(select_sm80(make_problem(m, n, k, group_size), {8, 0, sm_count, shared_bytes}));
+}
+
+// (slice, first, last, contributors, order) of every segment of every run.
+std::vector<std::vector<std::tuple<int64_t, int, int, int, int>>> partition(int64_t slices,
+                                                                            int depth, int runs) {
+  std::vector<std::vector<std::tuple<int64_t, int, int, int, int>>> result(runs);
+  const Partition whole{slices, depth, runs};
+  for (int run = 0; run < runs; ++run)
+    for (SegmentWalk segment(whole, run); segment; segment.next())
+      result[run].emplace_back(segment->slice, segment->first, segment->last,
+                               segment->contributors, segment->order);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(host, m) {
@@ -150,4 +190,10 @@ PYBIND11_MODULE(host, m) {
     const TilePlace place = place_in_tile(word, nibble);
     return std::pair(place.row, place.column);
   }, py::arg("word"), py::arg("nibble"), "(row, column) of a 16 x 64 tile's code.");
+  m.def("kernel_shapes", &kernel_shapes, "CTA shapes of the CUDA engine by name.");
+  m.def("select", &select_config, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
+        py::arg("sm_count"), py::arg("shared_bytes"),
+        "Name of the configuration chosen on a GPU with these limits: 'shape@runs'.");
+  m.def("partition", &partition, py::arg("slices"), py::arg("depth"), py::arg("runs"),
+        "Per run, its segments: (slice, first tile, last tile, contributors, order).");
 }

@@ -2,7 +2,7 @@
 // through shared memory so that both sides of the permutation are read and written in whole rows.
 #include "format/scale_order.h"
 #include "format/weight_words.h"
-#include "kernel/elements.cuh"
+#include "pipeline/elements.cuh"
 #include "kernel/launch.h"
 
 namespace marlin {

@@ -1,28 +1,18 @@
-// What the kernels offer to the host: parameter structs and launch functions, without Torch.
+// What the simple kernels offer to the host: launch functions, without Torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "core/types.h"
+#include "core/gemm.h"
 
 namespace marlin {
 
-struct MulParams {
-  Problem problem;
-  const void* x;    // (m, k), rows x_pitch elements apart, 16-byte aligned
-  int64_t x_pitch;
-  const uint32_t* words;  // (k / 16, 2 n)
-  const void* scales;     // (groups, n), in Marlin's order
-  const void* bias;       // (n) or nullptr
-  Dtype bias_dtype;
-  void* y;  // (m, n), contiguous
-};
-
 // The simple kernel: plain loads and mma.sync, for any GPU from 8.0 on. The reference that faster
 // kernels are tested against on the device.
-cudaError_t launch_reference(const MulParams& params, cudaStream_t stream);
+cudaError_t launch_reference(const GemmParams& params, const Problem& problem,
+                             cudaStream_t stream);
 
 // codes (k, n) bytes <-> words. Packing keeps the low four bits of each code.
 cudaError_t launch_pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words,

@@ -6,7 +6,7 @@
 #include "dequant/uint4b8.cuh"
 #include "format/scale_order.h"
 #include "format/weight_words.h"
-#include "kernel/elements.cuh"
+#include "pipeline/elements.cuh"
 #include "kernel/launch.h"
 #include "ptx/mma.cuh"
 
@@ -27,15 +27,14 @@ struct Lane {
 };
 
 template <typename Half>
-__device__ ptx::FragmentB load_x(const MulParams& params, int64_t row, int64_t k) {
-  if (row >= params.problem.m) return {{0, 0}};
+__device__ ptx::FragmentB load_x(const GemmParams& params, int64_t row, int64_t k) {
+  if (row >= params.m) return {{0, 0}};
   const auto* x = static_cast<const Half*>(params.x) + row * params.x_pitch + k;
   return {{*reinterpret_cast<const uint32_t*>(x), *reinterpret_cast<const uint32_t*>(x + 8)}};
 }
 
 template <typename Half>
-__global__ void __launch_bounds__(32 * kWarps) reference_kernel(const MulParams params) {
-  const Problem& p = params.problem;
+__global__ void __launch_bounds__(32 * kWarps) reference_kernel(const GemmParams p, bool per_column) {
   const Lane lane;
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
   const int64_t strip = blockIdx.y;
@@ -43,14 +42,14 @@ __global__ void __launch_bounds__(32 * kWarps) reference_kernel(const MulParams 
   float sums[kBlocks][kBatches][4] = {};
 
   for (int64_t tile = lane.warp; tile < p.k / kTileRows; tile += kWarps) {
-    const uint32_t* words = params.words + tile_offset(tile, strip, p.n) + 4 * lane.index;
+    const uint32_t* words = p.words + tile_offset(tile, strip, p.n) + 4 * lane.index;
     const uint4 loaded = *reinterpret_cast<const uint4*>(words);
     const uint32_t word[kBlocks] = {loaded.x, loaded.y, loaded.z, loaded.w};
-    const int64_t scale_row = tile * kTileRows / p.group_size() * p.n;
+    const int64_t scale_row = tile * kTileRows / p.group_rows * p.n;
 
     ptx::FragmentB x[kBatches];
     for (int batch = 0; batch < kBatches; ++batch)
-      x[batch] = load_x<Half>(params, first_row + 8 * batch + lane.group,
+      x[batch] = load_x<Half>(p, first_row + 8 * batch + lane.group,
                               tile * kTileRows + 2 * lane.pair);
 
 #pragma unroll
@@ -60,8 +59,8 @@ __global__ void __launch_bounds__(32 * kWarps) reference_kernel(const MulParams 
       float scale[2];
       for (int half = 0; half < 2; ++half)
         scale[half] =
-            load_element(params.scales, p.scale,
-                         scale_row + scale_position(column + 8 * half, p.per_column()));
+            load_element(p.scales, p.scale_dtype,
+                         scale_row + scale_position(column + 8 * half, per_column));
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         ptx::Accumulator product = {};
@@ -86,21 +85,21 @@ __global__ void __launch_bounds__(32 * kWarps) reference_kernel(const MulParams 
     if (row >= p.m) break;
     float sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp][i / kTileColumns][i % kTileColumns];
-    if (params.bias != nullptr) sum += load_element(params.bias, params.bias_dtype, column);
-    store_element(params.y, p.activation, row * p.n + column, sum);
+    if (p.bias != nullptr) sum += load_element(p.bias, p.bias_dtype, column);
+    static_cast<uint16_t*>(p.y)[row * p.n + column] = half_bits<Half>(sum);
   }
 }
 
 }  // namespace
 
-cudaError_t launch_reference(const MulParams& params, cudaStream_t stream) {
-  const Problem& p = params.problem;
-  const dim3 grid(static_cast<unsigned>((p.m + kRows - 1) / kRows),
-                  static_cast<unsigned>(p.n / kTileColumns));
-  if (p.activation == Dtype::kF16)
-    reference_kernel<__half><<<grid, 32 * kWarps, 0, stream>>>(params);
+cudaError_t launch_reference(const GemmParams& params, const Problem& problem,
+                             cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((params.m + kRows - 1) / kRows),
+                  static_cast<unsigned>(params.n / kTileColumns));
+  if (problem.activation == Dtype::kF16)
+    reference_kernel<__half><<<grid, 32 * kWarps, 0, stream>>>(params, problem.per_column());
   else
-    reference_kernel<__nv_bfloat16><<<grid, 32 * kWarps, 0, stream>>>(params);
+    reference_kernel<__nv_bfloat16><<<grid, 32 * kWarps, 0, stream>>>(params, problem.per_column());
   return cudaGetLastError();
 }
 

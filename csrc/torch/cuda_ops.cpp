@@ -3,7 +3,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "dispatch/counters.h"
 #include "dispatch/device.h"
+#include "dispatch/launch.h"
+#include "dispatch/select.h"
 #include "format/weight_words.h"
 #include "kernel/launch.h"
 #include "torch/checks.h"
@@ -40,14 +43,53 @@ void check_device(const char* op, int index) {
          join("cuda:", index, " of ", gpu.major, ".", gpu.minor));
 }
 
-void multiply(const char* op, const DeviceScope& scope, const MulCall& call,
+GemmParams gemm_params(const MulCall& call, void* y) {
+  const Problem& p = call.problem;
+  return {call.x, call.x_pitch, call.words,     call.scales, call.bias,      y,
+          p.m,    p.n,          p.k,            p.group_size(), p.scale, call.bias_dtype};
+}
+
+KernelConfig find_config(const char* op, const Problem& problem, const Device& gpu,
+                         const std::optional<std::string>& name) {
+  if (!name) return select_sm80(problem, gpu);
+  if (const auto config = parse_config(*name, problem, gpu)) return *config;
+  std::string names = "reference";
+  for (const NamedShape& shape : kSm80Shapes) names += join(", ", shape.name);
+  fail(op, "config", "one of " + names + " that fits the GPU, or one with '@' and 1 to as many runs as it has tiles",
+       "'" + *name + "'");
+}
+
+// A launch whose CTAs share slices needs counters and memory for partial sums; where no counters are
+// left, every slice gets a CTA of its own.
+void launch_engine(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
+                   KernelConfig config, void* y) {
+  std::optional<Tensor> partials;
+  Workspace workspace{};
+  if (const int64_t bytes = partials_bytes(call.problem, config); bytes > 0) {
+    cudaError_t error = cudaSuccess;
+    workspace.counters = counters_for(scope.index(), scope.stream(), error);
+    check_launch(op, error);
+    if (workspace.counters == nullptr || config.runs > kMaxSharedRuns) {
+      config.runs = static_cast<int>(partition_of(call.problem, config).slices);
+    } else {
+      partials = empty_beside(a, {bytes}, ScalarType::Byte);
+      workspace.partials = partials->mutable_data_ptr();
+    }
+  }
+  check_launch(op, launch_sm80(gemm_params(call, y), call.problem, config, workspace,
+                               scope.stream()));
+}
+
+void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
               const std::optional<std::string>& config, void* y) {
   check_device(op, scope.index());
-  if (config && *config != "reference") fail(op, "config", "reference", "'" + *config + "'");
   if (call.problem.m == 0) return;
-  const MulParams params{call.problem, call.x,          call.x_pitch, call.words,
-                         call.scales,  call.bias,       call.bias_dtype, y};
-  check_launch(op, launch_reference(params, scope.stream()));
+  const GemmParams gemm = gemm_params(call, y);
+  if (config && *config == "reference") {
+    check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
+    return;
+  }
+  launch_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config), y);
 }
 
 Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
@@ -55,7 +97,7 @@ Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tens
   const DeviceScope scope(a);
   const MulCall call = check_mul("mul", a, b, s, bias);
   Tensor y = new_output(a, call);
-  multiply("mul", scope, call, config, y.mutable_data_ptr());
+  multiply("mul", scope, a, call, config, y.mutable_data_ptr());
   return y;
 }
 
@@ -64,7 +106,7 @@ void mul_out(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Te
   const DeviceScope scope(a);
   const MulCall call = check_mul("mul.out", a, b, s, bias);
   check_output("mul.out", a, call, out);
-  multiply("mul.out", scope, call, config, out.mutable_data_ptr());
+  multiply("mul.out", scope, a, call, config, out.mutable_data_ptr());
 }
 
 Tensor pack(const Tensor& codes) {

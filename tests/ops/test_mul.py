@@ -140,13 +140,11 @@ def test_any_scale(device, group_size):
     scales = scales.clone()
     scales[0, 7], scales[-1, 15], scales[0, 100] = float("nan"), float("inf"), float("-inf")
     weight.scales = scales
-    a = random_rows(9, 256, device=device)
-    y = ops.matmul(a, weight.b, ops.pack_scales(scales))
-    reference = (a.double() @ weight.values()).to(y.dtype)
-    assert torch.equal(y.isnan(), reference.isnan())
-    finite = torch.ones(128, dtype=torch.bool)
-    finite[[7, 15, 100]] = False
-    assert y[:, finite].isfinite().all()
+    y = ops.matmul(random_rows(9, 256, device=device), weight.b, ops.pack_scales(scales))
+    assert y[:, 7].isnan().all()
+    # Inf times a sum is Inf where Inf times each term would be NaN for a lack of one sign.
+    assert (y.isfinite().sum(0) == 0)[[7, 15, 100]].all()
+    assert y.isfinite().sum() == 9 * 125
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -27,4 +27,17 @@ __device__ inline void store_element(void* data, Dtype dtype, int64_t index, flo
   }
 }
 
+__device__ inline uint16_t half_bits(__half, float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+__device__ inline uint16_t half_bits(__nv_bfloat16, float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+// The bits of `value` rounded to Half.
+template <typename Half>
+__device__ inline uint16_t half_bits(float value) {
+  return half_bits(Half{}, value);
+}
+
 }  // namespace marlin

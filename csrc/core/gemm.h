@@ -1,0 +1,39 @@
+// A multiplication as the kernels are given it: pointers, sizes, and each CTA's share.
+#pragma once
+
+#include <cstdint>
+
+#include "core/partition.h"
+#include "core/types.h"
+
+namespace marlin {
+
+struct GemmParams {
+  const void* x;  // (m, k), rows x_pitch elements apart, 16-byte aligned
+  int64_t x_pitch;
+  const uint32_t* words;  // (k / 16, 2 n)
+  const void* scales;     // (groups, n), in Marlin's order
+  const void* bias;       // (n) or nullptr
+  void* y;                // (m, n), contiguous
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t group_rows;  // rows of W that share a scale; k if one for all
+  Dtype scale_dtype;
+  Dtype bias_dtype;
+};
+
+// What CTAs use to add the sums of a slice they share.
+struct Workspace {
+  void* partials;      // [run][piece][thread of a depth group], 16 bytes each
+  uint32_t* counters;  // [run], zero between launches
+};
+
+struct Sm80Params {
+  GemmParams gemm;
+  Partition partition;  // slices: strips of columns, and within each the tiles of rows
+  int row_tiles;
+  Workspace workspace;
+};
+
+}  // namespace marlin

@@ -1,0 +1,18 @@
+// From a configuration to a running kernel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/config.h"
+#include "core/gemm.h"
+
+namespace marlin {
+
+// Bytes that `workspace.partials` of this launch must hold; 0 if no slice is shared.
+int64_t partials_bytes(const Problem& problem, const KernelConfig& config);
+
+// Launches the sm_80 engine. `counters` are needed where a slice is shared.
+cudaError_t launch_sm80(const GemmParams& gemm, const Problem& problem, const KernelConfig& config,
+                        const Workspace& workspace, cudaStream_t stream);
+
+}  // namespace marlin

@@ -1,0 +1,31 @@
+// Which configuration runs a problem on a device: pure functions, the same on every machine.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "core/config.h"
+#include "core/device.h"
+#include "core/partition.h"
+#include "core/types.h"
+
+namespace marlin {
+
+KernelConfig select_sm80(const Problem& problem, const Device& device);
+
+// "16x256x4", or "16x256x4@96" with the number of runs; nothing if there is no such shape, it does
+// not fit the device, or the runs are not between 1 and the problem's tiles.
+std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
+                                         const Device& device);
+std::string config_name(const KernelConfig& config);  // "16x256x4@96"
+
+int64_t row_tiles(const Problem& problem, const KernelConfig& config);
+Partition partition_of(const Problem& problem, const KernelConfig& config);
+
+// Whether any two runs touch the same slice.
+constexpr bool shares_slices(const Partition& partition) {
+  return partition.slices % partition.runs != 0;
+}
+
+}  // namespace marlin

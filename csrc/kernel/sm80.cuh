@@ -1,0 +1,152 @@
+// The engine for every GPU from 8.0 on: cp.async rings feeding mma.sync.
+//
+//   global --WeightCopy, ActivationCopy, ScaleCopy--> Stage (shared) --fragments--> Sums (registers)
+//   Sums --reduce_groups--> one depth group --reduce_slice--> one CTA --store_rows--> Y
+//
+// Each depth group of warps owns a ring of stages and takes every depth_groups-th tile of the CTA's
+// run. Copies run `stages - 1` tiles ahead, on into the next segment of the run.
+#pragma once
+
+#include "core/config.h"
+#include "core/partition.h"
+#include "epilogue/reduce_groups.cuh"
+#include "epilogue/reduce_slice.cuh"
+#include "epilogue/store.cuh"
+#include "pipeline/activations.cuh"
+#include "pipeline/scales.cuh"
+#include "pipeline/stage.cuh"
+#include "pipeline/sums.cuh"
+#include "pipeline/weights.cuh"
+
+namespace marlin {
+
+// The CTA's slice of Y, from a slice's number: its first 64-column strip and its first row.
+template <CtaShape kShape>
+struct Slice {
+  int64_t strip;
+  int64_t first_row;
+
+  __device__ Slice(int64_t slice, int row_tiles) {
+    const auto index = static_cast<uint32_t>(slice), tiles = static_cast<uint32_t>(row_tiles);
+    strip = int64_t{index / tiles} * kShape.column_warps;
+    first_row = int64_t{index % tiles} * kShape.rows;
+  }
+};
+
+// Copies of a run's stages, one after the other; one commit group per stage, also past the end.
+template <CtaShape kShape, ScaleSteps kSteps>
+class StageCopy {
+ public:
+  __device__ StageCopy(const Sm80Params& params, const Role<kShape>& role, int run)
+      : params_(params),
+        role_(role),
+        walk_(params.partition, run, role.depth_group, kShape.depth_groups) {
+    if (walk_) seek();
+  }
+
+  __device__ void load_next(Stage<kShape>& stage) {
+    if (walk_) {
+      weights_.load(stage, role_);
+      activations_.load(stage, role_);
+      if constexpr (kSteps != ScaleSteps::kOnce) scales_.load(stage, role_);
+      if (walk_.next())
+        advance();
+      else if (walk_)
+        seek();
+    }
+    ptx::cp_async_commit();
+  }
+
+ private:
+  __device__ void seek() {
+    const Slice<kShape> slice(walk_.slice(), params_.row_tiles);
+    weights_.seek(params_.gemm, role_, slice.strip, walk_.tile());
+    activations_.seek(params_.gemm, role_, slice.first_row, walk_.tile());
+    if constexpr (kSteps != ScaleSteps::kOnce)
+      scales_.seek(params_.gemm, role_, slice.strip, walk_.tile());
+  }
+
+  __device__ void advance() {
+    weights_.advance();
+    activations_.advance();
+    if constexpr (kSteps != ScaleSteps::kOnce) scales_.advance();
+  }
+
+  const Sm80Params& params_;
+  const Role<kShape>& role_;
+  TileWalk walk_;
+  WeightCopy<kShape> weights_;
+  ActivationCopy<kShape> activations_;
+  ScaleCopy<kShape, kSteps> scales_;
+};
+
+// sums += W · X of tiles [first, last) of a stage.
+template <typename Half, CtaShape kShape>
+__device__ void multiply_tiles(const Stage<kShape>& stage, const Role<kShape>& role, int first,
+                               int last, Sums<kShape>& sums) {
+#pragma unroll
+  for (int tile = first; tile < last; ++tile) {
+    ActivationFragments<kShape> x;
+    x.load(stage, role, tile);
+    sums.template multiply<Half>(words_of(stage, role, tile), x);
+  }
+}
+
+// A stage's share of the sums. Per column, sums stay in units of the scale until the end; with
+// groups, each group's product is scaled in FP32, so no scale is too large, too small or zero.
+template <typename Half, ScaleSteps kSteps, CtaShape kShape>
+__device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& role,
+                               Dtype scale_dtype, Sums<kShape>& sums) {
+  if constexpr (kSteps == ScaleSteps::kOnce) {
+    multiply_tiles<Half>(stage, role, 0, kStageTiles, sums);
+  } else {
+    constexpr int kGroups = kSteps == ScaleSteps::kHalfStage ? 2 : 1;
+    constexpr int kTiles = kStageTiles / kGroups;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      Sums<kShape> group_sums;
+      multiply_tiles<Half>(stage, role, group * kTiles, (group + 1) * kTiles, group_sums);
+      ScaleFragment scale;
+      scale.load(stage, role, group, scale_dtype);
+      sums.add_scaled(group_sums, scale);
+    }
+  }
+}
+
+// Templated on the index of its shape: nvcc 13.0 cannot name a kernel by a class-type argument.
+template <size_t kIndex, typename Half, ScaleSteps kSteps>
+__global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
+    sm80_kernel(const __grid_constant__ Sm80Params params) {
+  constexpr CtaShape kShape = kSm80Shapes[kIndex].shape;
+  extern __shared__ __align__(128) char shared_bytes[];
+  auto& shared = *reinterpret_cast<SharedMemory<kShape>*>(shared_bytes);
+  const Role<kShape> role;
+  const int run = run_of_block(params.partition);
+  auto& ring = shared.stages[role.depth_group];
+
+  StageCopy<kShape, kSteps> copy(params, role, run);
+  for (int i = 0; i + 1 < kShape.stages; ++i) copy.load_next(ring[i]);
+  int slot = 0, free_slot = kShape.stages - 1;
+
+  for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
+    Sums<kShape> sums;
+    for (int tile = segment->first + role.depth_group; tile < segment->last;
+         tile += kShape.depth_groups) {
+      ptx::cp_async_wait<kShape.stages - 2>();
+      role.group_barrier();
+      copy.load_next(ring[free_slot]);
+      multiply_stage<Half, kSteps>(ring[slot], role, params.gemm.scale_dtype, sums);
+      free_slot = slot;
+      slot = slot + 1 == kShape.stages ? 0 : slot + 1;
+    }
+
+    reduce_groups(sums, role, shared.scratch.sums);
+    if (role.depth_group == 0 && reduce_slice(sums, role, *segment, run, params.workspace)) {
+      const Slice<kShape> slice(segment->slice, params.row_tiles);
+      store_rows<Half, kSteps>(sums, role, params.gemm, slice.strip, slice.first_row,
+                               shared.scratch.output);
+    }
+  }
+}
+
+}  // namespace marlin

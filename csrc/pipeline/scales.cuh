@@ -1,0 +1,90 @@
+// Scales of groups, global -> shared -> registers. In Marlin's grouped order the eight scales that a
+// lane needs (its column and the one 8 further, in each of four blocks) are 16 neighbouring bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "format/scale_order.h"
+#include "pipeline/stage.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace marlin {
+
+static_assert(grouped_position(1) - grouped_position(0) == 8 && grouped_position(8) == 1,
+              "columns c, c + 8, c + 16, … of a lane are neighbours");
+
+// Per stage one row of scales, or two where groups have 32 rows.
+template <CtaShape kShape, ScaleSteps kSteps>
+class ScaleCopy {
+  static constexpr int kGroups = kSteps == ScaleSteps::kHalfStage ? 2 : 1;
+  static constexpr int kChunks = kShape.column_warps * 8;  // per row of scales
+  static_assert(kGroups * kChunks <= kShape.group_threads());
+
+ public:
+  __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t strip,
+                       int tile) {
+    const int64_t chunk = strip * 8 + role.group_thread % kChunks;
+    group_ = role.group_thread / kChunks;
+    pitch_ = params.n / 8;
+    source_ = static_cast<const Chunk*>(params.scales) + chunk;
+    stages_per_group_log2_ = params.group_rows == 2 * kStageRows ? 1 : 0;
+    groups_ = chunk < pitch_ ? static_cast<int>(params.k / params.group_rows) : 0;
+    tile_ = tile;
+  }
+
+  __device__ void load(Stage<kShape>& stage, const Role<kShape>& role) const {
+    if (group_ >= kGroups) return;
+    const int chunk = role.group_thread % kChunks;
+    const int row = (tile_ * kGroups + group_) >> stages_per_group_log2_;
+    ptx::cp_async(&stage.scales[group_][chunk / 8][chunk % 8], source_ + row * pitch_,
+                  row < groups_);
+  }
+
+  __device__ void advance() { tile_ += kShape.depth_groups; }
+
+ private:
+  const Chunk* source_;
+  int64_t pitch_;  // chunks between rows of scales
+  int group_;      // of the stage, that this thread copies
+  int groups_;
+  int stages_per_group_log2_;
+  int tile_;
+};
+
+__device__ inline float scale_value(uint16_t bits, Dtype dtype) {
+  return dtype == Dtype::kF16 ? __half2float(__ushort_as_half(bits))
+                              : __bfloat162float(__ushort_as_bfloat16(bits));
+}
+
+// values[2 block + half]: column 16 block + 8 half + fragment_column of the warp's strip.
+struct ScaleFragment {
+  float values[8];
+
+  template <CtaShape kShape>
+  __device__ void load(const Stage<kShape>& stage, const Role<kShape>& role, int group,
+                       Dtype dtype) {
+    unpack(stage.scales[group][role.column_warp][role.fragment_column], dtype);
+  }
+
+  // One group for all of k: the per-column order, straight from memory.
+  template <CtaShape kShape>
+  __device__ void load_per_column(const GemmParams& params, const Role<kShape>& role,
+                                  int64_t strip) {
+    const auto* scales = static_cast<const uint16_t*>(params.scales);
+    const int64_t first = (strip + role.column_warp) * kTileColumns + role.fragment_column;
+    if (first >= params.n) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      values[i] = scale_value(scales[scale_position(first + 8 * i, true)], params.scale_dtype);
+  }
+
+ private:
+  __device__ void unpack(const Chunk& halves, Dtype dtype) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      values[i] = scale_value(static_cast<uint16_t>(halves.words[i / 2] >> (16 * (i % 2))), dtype);
+  }
+};
+
+}  // namespace marlin

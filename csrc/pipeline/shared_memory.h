@@ -1,0 +1,66 @@
+// Shared memory of the sm_80 engine as a struct. No CUDA in here: the size decides on the host, too,
+// which shapes a GPU can run.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "core/config.h"
+#include "format/swizzle.h"
+#include "format/weight_words.h"
+
+namespace marlin {
+
+struct alignas(16) Chunk {  // what one lane copies at once
+  uint32_t words[4];
+};
+
+inline constexpr int kStageTiles = kStageRows / kTileRows;  // tiles of W along k
+inline constexpr int kMaxStageGroups = 2;                   // of 32 rows each
+
+// 64 rows of W, a strip of columns wide; the same 64 columns of X; the scales of those rows.
+template <CtaShape kShape>
+struct Stage {
+  static_assert(kStageRows * 2 == kSwizzleChunks * 16, "a row of X fills the swizzle's 128 bytes");
+
+  Chunk words[kStageTiles][kShape.column_warps][32];      // as they lie in memory, tile by tile
+  Chunk activations[kShape.rows][kSwizzleChunks];         // chunks swizzled
+  Chunk scales[kMaxStageGroups][kShape.column_warps][8];  // 64 halves per column warp
+};
+
+// The sums of one depth group on their way to the first.
+template <CtaShape kShape>
+struct SumsScratch {
+  static constexpr int kPieces = kShape.depth_groups == 1 ? 1 : kShape.rows_per_warp() / 2;
+  Chunk pieces[kPieces][kShape.group_threads()];
+};
+
+// Finished rows of Y on their way to memory. A row is padded by one 16-byte chunk: rows two apart
+// then start 8 banks apart, so that the lanes of an accumulator (8 columns by 4 pairs of rows) write
+// without conflicts.
+template <CtaShape kShape>
+struct OutputScratch {
+  alignas(16) uint16_t rows[kShape.rows][kShape.columns() + 8];
+};
+
+template <CtaShape kShape>
+struct SharedMemory {
+  Stage<kShape> stages[kShape.depth_groups][kShape.stages];
+  union {
+    SumsScratch<kShape> sums;
+    OutputScratch<kShape> output;
+  } scratch;
+};
+
+// Bytes of shared memory per CTA, by shape.
+inline constexpr auto kSm80SharedBytes = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+  return std::array{sizeof(SharedMemory<kSm80Shapes[kIndex].shape>)...};
+}(std::make_index_sequence<kSm80Shapes.size()>{});
+
+// Bytes of partial sums that a run leaves for the owner of a shared slice.
+constexpr int64_t partial_bytes(const CtaShape& shape) {
+  return int64_t{shape.rows} * shape.columns() * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace marlin

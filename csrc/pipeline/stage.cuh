@@ -1,0 +1,31 @@
+// A thread's place in its CTA.
+#pragma once
+
+#include "core/gemm.h"
+#include "pipeline/shared_memory.h"
+#include "ptx/barrier.cuh"
+
+namespace marlin {
+
+template <CtaShape kShape>
+struct Role {
+  int lane = threadIdx.x % 32;
+  int warp = threadIdx.x / 32 % kShape.group_warps();  // within its depth group
+  int column_warp = warp % kShape.column_warps;
+  int row_warp = warp / kShape.column_warps;
+  int depth_group = threadIdx.x / kShape.group_threads();
+  int group_thread = threadIdx.x % kShape.group_threads();
+
+  // In an mma fragment: a column of W (and the one 8 further), and a pair of rows of X or W.
+  int fragment_column = lane / 4;
+  int fragment_pair = lane % 4;
+
+  __device__ Role() {}
+
+  // Waits for the threads of this depth group.
+  __device__ void group_barrier() const {
+    ptx::barrier_sync(1 + depth_group, kShape.group_threads());
+  }
+};
+
+}  // namespace marlin

@@ -1,0 +1,52 @@
+// W: packed words, global -> shared -> registers. Both hops move them as they lie in memory.
+#pragma once
+
+#include "pipeline/stage.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace marlin {
+
+// Each warp fetches tiles of its own columns, one 16-byte chunk per lane: whole 512-byte lines.
+template <CtaShape kShape>
+class WeightCopy {
+ public:
+  // `strip`: the CTA's first 64-column strip; `tile`: the stage along k.
+  __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t strip,
+                       int tile) {
+    const int64_t column_strip = strip + role.column_warp;
+    const int64_t tile_row = int64_t{tile} * kStageTiles + role.row_warp;
+    pitch_ = words_in_tile_row(params.n) / 4;
+    source_ = reinterpret_cast<const Chunk*>(params.words) + tile_row * pitch_ +
+              column_strip * (kTileWords / 4) + role.lane;
+    const bool inside = column_strip < params.n / kTileColumns;
+    tile_rows_left_ = inside ? static_cast<int>(params.k / kTileRows - tile_row) : 0;
+  }
+
+  __device__ void load(Stage<kShape>& stage, const Role<kShape>& role) const {
+#pragma unroll
+    for (int i = 0; i < kStageTiles; i += kShape.row_warps)
+      ptx::cp_async(&stage.words[i + role.row_warp][role.column_warp][role.lane],
+                    source_ + i * pitch_, i < tile_rows_left_);
+  }
+
+  // To this depth group's next stage of the slice.
+  __device__ void advance() {
+    constexpr int kTiles = kStageTiles * kShape.depth_groups;
+    source_ += kTiles * pitch_;
+    tile_rows_left_ -= kTiles;
+  }
+
+ private:
+  const Chunk* source_;
+  int64_t pitch_;  // chunks between tile rows
+  int tile_rows_left_;
+};
+
+// The words of this lane's four blocks of a tile.
+template <CtaShape kShape>
+__device__ inline const Chunk& words_of(const Stage<kShape>& stage, const Role<kShape>& role,
+                                        int tile) {
+  return stage.words[tile][role.column_warp][role.lane];
+}
+
+}  // namespace marlin

@@ -1,0 +1,64 @@
+"""The partition, brute-forced on the CPU: it is constexpr C++ that the kernels run unchanged."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from marlin import host
+
+
+def check(slices: int, depth: int, runs: int) -> None:
+    """Every tile exactly once, equal shares, and each shared slice's runs in order."""
+    covered = np.zeros((slices, depth), np.int32)
+    orders: dict[int, list] = {}
+    tiles = slices * depth
+    for run, segments in enumerate(host.partition(slices, depth, runs)):
+        length = 0
+        for position, (slice_, first, last, contributors, order) in enumerate(segments):
+            assert 0 <= first < last <= depth
+            covered[slice_, first:last] += 1
+            length += last - first
+            orders.setdefault(slice_, []).append((run, order, contributors, first, last))
+            # A run has at most one segment it does not own, its first, and shares what it owns
+            # only at its end: that is why one buffer and one counter per run are enough.
+            assert order == 0 or position == 0
+            if order == 0 and contributors > 1:
+                assert position == len(segments) - 1
+        assert tiles // runs <= length <= -(-tiles // runs)
+    assert (covered == 1).all()
+    for parts in orders.values():
+        assert [order for _, order, *_ in parts] == list(range(len(parts)))
+        assert {contributors for _, _, contributors, _, _ in parts} == {len(parts)}
+        head = parts[0][0]
+        assert [run for run, *_ in parts] == list(range(head, head + len(parts)))
+        assert parts[0][3] == 0 and parts[-1][4] == depth
+        assert all(a[4] == b[3] for a, b in itertools.pairwise(parts))
+
+
+def test_small_problems_exhaustively():
+    """All (slices, depth) up to 9 x 12 and all counts of runs: some 6,000 partitions."""
+    for slices, depth in itertools.product(range(1, 10), range(1, 13)):
+        for runs in range(1, slices * depth + 1):
+            check(slices, depth, runs)
+
+
+@pytest.mark.parametrize("runs", [1, 56, 72, 108, 128, 132, 264])
+def test_real_gpus(runs):
+    """Layers of 4096 to 28672 columns on the SM counts of real GPUs."""
+    for slices, depth in itertools.product((4, 16, 43, 44, 66, 112, 129), (16, 56, 64, 172, 256)):
+        if runs <= slices * depth:
+            check(slices, depth, runs)
+
+
+def test_many_random_problems():
+    rng = np.random.default_rng(0)
+    for _ in range(20_000):
+        slices, depth = int(rng.integers(1, 40)), int(rng.integers(1, 40))
+        check(slices, depth, int(rng.integers(1, min(slices * depth, 300) + 1)))
+
+
+def test_an_even_split_is_a_partition():
+    """runs = slices * s cuts each slice into s equal parts and shares it among just those."""
+    for run, segments in enumerate(host.partition(6, 20, 24)):
+        assert segments == [(run // 4, 5 * (run % 4), 5 * (run % 4) + 5, 4, run % 4)]

@@ -1,0 +1,37 @@
+"""Selection is a pure function: what it says for GPUs that are not here."""
+
+import itertools
+import re
+
+import pytest
+
+from marlin import host
+from marlin.testing.shapes import MODELS, ROWS
+
+# name -> (multiprocessors, shared memory a block may have)
+GPUS = {
+    "A100": (108, 163 * 1024),
+    "A10": (72, 99 * 1024),
+    "RTX 4090": (128, 99 * 1024),
+    "H200": (132, 227 * 1024),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_selected_shapes_fit(gpu):
+    sm_count, shared_bytes = GPUS[gpu]
+    shapes = host.kernel_shapes()
+    layers = {layer for model in MODELS.values() for layer in model.values()}
+    for (k, n), m, group in itertools.product(layers, (*ROWS[1:], 4096), (-1, 32, 64, 128)):
+        name, runs = host.select(m, n, k, group, sm_count, shared_bytes).split("@")
+        shape = shapes[name]
+        assert shape["shared_bytes"] <= shared_bytes
+        slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
+        assert 1 <= int(runs) <= slices * -(-k // 64)
+
+
+def test_names_say_the_shape():
+    for name, shape in host.kernel_shapes().items():
+        rows, columns, groups = map(int, re.fullmatch(r"(\d+)x(\d+)x(\d+)", name).groups())
+        assert (rows, columns, groups) == (shape["rows"], shape["columns"], shape["depth_groups"])
+        assert shape["threads"] <= 512

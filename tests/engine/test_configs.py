@@ -1,0 +1,108 @@
+"""Every configuration of the CUDA engine, by name, against float64."""
+
+import pytest
+import torch
+
+from marlin import host, ops
+from marlin.testing.problems import check_product, random_rows, random_weight
+
+pytestmark = pytest.mark.gpu
+CONFIGS = list(host.kernel_shapes())
+GUARD = 4096  # elements around an output that no kernel may touch
+
+
+def tile_count(config: str, m: int, n: int, k: int) -> tuple[int, int]:
+    """(slices, tiles) of a problem under a configuration."""
+    shape = host.kernel_shapes()[config]
+    slices = -(-n // shape["columns"]) * max(1, -(-m // shape["rows"]))
+    return slices, slices * -(-k // 64)
+
+
+def guarded_multiply(a, weight, bias, config):
+    """The product into the middle of a poisoned buffer, whose borders must stay as they are."""
+    m, n = a.shape[0], weight.codes.shape[1]
+    buffer = torch.full((m * n + 2 * GUARD,), float("nan"), dtype=a.dtype, device=a.device)
+    y = buffer[GUARD : GUARD + m * n].view(m, n)
+    ops.matmul_out(a, weight.b, weight.s, y, bias, config)
+    assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+    return y
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+def test_rows_and_tails(config, dtype, group_size):
+    """Rows around every tile's edge; n and k that fill their last strip and stage partly."""
+    unit = 16 if group_size == -1 else group_size
+    rows = host.kernel_shapes()[config]["rows"]
+    for k, n in ((unit, 64), (unit * 7, 320), (1024 + unit, 576)):
+        weight = random_weight(k, n, group_size, device="cuda", seed=k + n)
+        values = weight.values()
+        bias = torch.randn(n, device="cuda").to(dtype)
+        for m in (1, 7, rows - 1, rows, rows + 1, 2 * rows + 3, 150):
+            a = random_rows(m, k, dtype=dtype, device="cuda", seed=m)
+            check_product(guarded_multiply(a, weight, bias, config), a, values, bias)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_any_number_of_runs(config, group_size):
+    """From one CTA for everything to one tile per CTA: right, and the same bits every time."""
+    m, k, n = 40, 768, 576
+    weight = random_weight(k, n, group_size, device="cuda")
+    values = weight.values()
+    a = random_rows(m, k, device="cuda")
+    slices, tiles = tile_count(config, m, n, k)
+    for runs in sorted({1, 2, 3, 7, slices, 2 * slices, tiles // 2, tiles - 1, tiles, 131, 132}):
+        if not 1 <= runs <= min(tiles, 132):
+            continue
+        name = f"{config}@{runs}"
+        y = guarded_multiply(a, weight, None, name)
+        check_product(y, a, values)
+        for _ in range(20):
+            assert torch.equal(ops.matmul(a, weight.b, weight.s, config=name), y), name
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_any_scale(config):
+    """Zero, negative, huge and tiny scales; NaN and Inf stay in their columns."""
+    for group_size in (-1, 64):
+        weight = random_weight(512, 256, group_size, device="cuda")
+        scales = weight.scales.clone()
+        scales[0, 0::8], scales[-1, 2::8], scales[0, 3::8] = 0, 2048.0, 2.0**-24
+        scales[-1, 1::8] *= -1
+        a = random_rows(17, 512, device="cuda") / 64
+        weight.scales = scales
+        y = ops.matmul(a, weight.b, ops.pack_scales(scales), config=config)
+        check_product(y, a, weight.values())
+        scales[0, 9], scales[-1, 100] = float("nan"), float("inf")
+        y = ops.matmul(a, weight.b, ops.pack_scales(scales), config=config)
+        bad = ~y.isfinite()
+        assert bad[:, [9, 100]].all() and bad.sum() == 2 * 17
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_strided_rows(config):
+    weight = random_weight(256, 128, 64, device="cuda")
+    wide = random_rows(50, 1024, device="cuda")
+    for view in (wide[:, 256:512], wide[::5, 8:264], wide[:, 3:259], wide[:1, :256].expand(9, 256)):
+        expected = ops.matmul(view.contiguous().clone(), weight.b, weight.s, config=config)
+        assert torch.equal(ops.matmul(view, weight.b, weight.s, config=config), expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_large_means_and_outliers(config):
+    weight = random_weight(2048, 256, 128, device="cuda")
+    a = random_rows(33, 2048, device="cuda", mean=32.0)
+    a[:, 5] *= 50
+    check_product(ops.matmul(a, weight.b, weight.s, config=config), a, weight.values())
+
+
+def test_refused_configurations():
+    weight = random_weight(128, 64, 64, device="cuda")
+    a = random_rows(4, 128, device="cuda")
+    expected = ops.matmul(a, weight.b, weight.s)
+    for name in ("16x256x4@0", "16x256x4@3", "16x256x4@", "16x256x4@2x", "16x256", "", "@1"):
+        with pytest.raises(RuntimeError, match="config: expected one of"):
+            ops.matmul(a, weight.b, weight.s, config=name)
+        assert torch.equal(ops.matmul(a, weight.b, weight.s), expected)
