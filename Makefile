@@ -36,7 +36,7 @@ help:
 	@echo 'make demo       quantize, reload and compare a real model  MODEL=... takes another'
 	@echo 'make lint       check style: ruff, clang-format'
 	@echo 'make format     mend it'
-	@echo 'make bench      measure against the floor and FP16         ARGS=... narrows'
+	@echo 'make bench      measure against the floor and FP16         ARGS="gemm --quick", cpu, pack...'
 	@echo 'make sanitize   CUDA operators under compute-sanitizer     needs a GPU'
 	@echo 'make setup      only the environment and the build'
 	@echo 'make clean      remove what was built (.venv stays)'
@@ -54,7 +54,7 @@ demo: setup
 	$(PY) -m demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 bench: setup
-	$(PY) -m bench $(ARGS)
+	$(PY) -m bench $(or $(ARGS),$$($(PY) -c 'import torch; print("gemm" if torch.cuda.is_available() else "cpu")'))
 
 lint: $(ENVIRONMENT)
 	ruff check .
