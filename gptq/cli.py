@@ -181,7 +181,9 @@ def run_quantize(args: argparse.Namespace) -> None:
 def quantize_model(model, plan: Plan, samples, args: argparse.Namespace) -> list[walk.Result]:
     """Walk the model with a progress bar, and pack each decoder layer as soon as it is done."""
     results = []
-    with tqdm(total=len(plan.all_targets()), unit="layer", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(plan.all_targets()), unit="layer", mininterval=0.5, dynamic_ncols=True
+    ) as bar:
 
         def show(result: walk.Result) -> None:
             bar.update()
@@ -226,7 +228,7 @@ def run_eval(args: argparse.Namespace) -> None:
         documents,
         seqlen=args.seqlen,
         max_tokens=args.max_tokens,
-        progress=lambda pieces: tqdm(pieces, unit="window", dynamic_ncols=True),
+        progress=lambda pieces: tqdm(pieces, unit="window", mininterval=0.5, dynamic_ncols=True),
     )
     if args.json:
         print(json.dumps({"model": args.model, "text": args.text, **asdict(result)}))
