@@ -1,5 +1,40 @@
-"""Marlin: mixed-precision linear kernels for LLM inference."""
+"""Marlin: mixed-precision linear kernels for LLM inference.
 
-from marlin.ops import dequantize, matmul, pack, pack_scales, unpack, unpack_scales
+``matmul`` multiplies by a packed 4-bit weight; ``MarlinLinear`` is the layer around it; ``quantize``
+replaces a model's layers; ``save_pretrained`` and ``load_pretrained`` keep whole models on disk.
+``Layer``, ``mul`` and ``replace_linear`` are the names of the published package, as it had them.
+"""
 
-__all__ = ["dequantize", "matmul", "pack", "pack_scales", "unpack", "unpack_scales"]
+from marlin.checkpoint import CheckpointError, load_pretrained, save_pretrained
+from marlin.layer import MarlinLinear, quantize
+from marlin.ops import (
+    dequantize,
+    matmul,
+    matmul_out,
+    pack,
+    pack_scales,
+    unpack,
+    unpack_scales,
+    why_no_cuda,
+)
+from marlin.published import Layer, mul, replace_linear
+
+__version__ = "0.2.0"
+__all__ = [
+    "CheckpointError",
+    "Layer",
+    "MarlinLinear",
+    "dequantize",
+    "load_pretrained",
+    "matmul",
+    "matmul_out",
+    "mul",
+    "pack",
+    "pack_scales",
+    "quantize",
+    "replace_linear",
+    "save_pretrained",
+    "unpack",
+    "unpack_scales",
+    "why_no_cuda",
+]

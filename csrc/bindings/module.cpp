@@ -16,7 +16,7 @@
 #include "dispatch/select.h"
 #include "format/scale_order.h"
 #include "format/weight_words.h"
-#include "pipeline/shared_memory.h"
+#include "format/shared_memory.h"
 
 namespace py = pybind11;
 using namespace marlin;

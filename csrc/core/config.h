@@ -43,7 +43,8 @@ inline constexpr std::array kSm80Shapes{
     NamedShape{"16x256x4", {16, 1, 4, 4, 3}}, NamedShape{"16x256x2", {16, 1, 4, 2, 3}},
     NamedShape{"16x128x4", {16, 1, 2, 4, 4}}, NamedShape{"32x256x2", {32, 1, 4, 2, 4}},
     NamedShape{"32x128x4", {32, 1, 2, 4, 3}}, NamedShape{"64x256x1", {64, 2, 4, 1, 4}},
-    NamedShape{"64x128x2", {64, 2, 2, 2, 3}},
+    NamedShape{"64x128x2", {64, 2, 2, 2, 3}}, NamedShape{"64x256x2", {64, 1, 4, 2, 4}},
+    NamedShape{"128x256x1", {128, 2, 4, 1, 4}}, NamedShape{"128x128x1", {128, 4, 2, 1, 4}},
 };
 
 constexpr size_t sm80_index(std::string_view name) {

@@ -5,7 +5,7 @@
 
 #include "dispatch/select.h"
 #include "kernel/sm80_launch.h"
-#include "pipeline/shared_memory.h"
+#include "format/shared_memory.h"
 
 namespace marlin {
 namespace {

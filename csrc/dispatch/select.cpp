@@ -4,7 +4,7 @@
 #include <charconv>
 
 #include "format/weight_words.h"
-#include "pipeline/shared_memory.h"
+#include "format/shared_memory.h"
 
 namespace marlin {
 namespace {

@@ -22,33 +22,41 @@ __device__ void store_rows(const Sums<kShape>& sums, const Role<kShape>& role,
       bias[i] = load_element(params.bias, params.bias_dtype, warp_column + 8 * i);
   }
 
-  role.group_barrier();  // the scratch held sums
+  // The scratch holds the rows of at most four batches of one row warp at a time.
+  constexpr int kRows = OutputScratch<kShape>::kRows, kBatches = kRows / 8;
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
+  for (int part = 0; part < kShape.rows / kRows; ++part) {
+    role.group_barrier();  // whoever used the scratch before is done
+    const int first_batch = part * kBatches % Sums<kShape>::kBatches;
+    if (role.row_warp == part * kRows / kShape.rows_per_warp()) {
 #pragma unroll
-    for (int batch = 0; batch < Sums<kShape>::kBatches; ++batch) {
+      for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int half = i / 2, column = 2 * block + half;
-        const int row = role.row_warp * kShape.rows_per_warp() + 8 * batch +
-                        2 * role.fragment_pair + i % 2;
-        float value = sums.values[block][batch].values[i];
-        if constexpr (kSteps == ScaleSteps::kOnce) value *= scale.values[column];
-        scratch.rows[row][role.column_warp * kTileColumns + 8 * column + role.fragment_column] =
-            half_bits<Half>(value + bias[column]);
+        for (int batch = 0; batch < kBatches; ++batch) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int column = 2 * block + i / 2;  // in units of 8
+            const int row = 8 * batch + 2 * role.fragment_pair + i % 2;
+            float value = sums.values[block][first_batch + batch].values[i];
+            if constexpr (kSteps == ScaleSteps::kOnce) value *= scale.values[column];
+            scratch.rows[row][role.column_warp * kTileColumns + 8 * column +
+                              role.fragment_column] = half_bits<Half>(value + bias[column]);
+          }
+        }
       }
     }
-  }
-  role.group_barrier();
+    role.group_barrier();
 
-  constexpr int kChunks = kShape.columns() / 8;  // per row
-  auto* y = static_cast<uint16_t*>(params.y);
-  for (int i = role.group_thread; i < kShape.rows * kChunks; i += kShape.group_threads()) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const int64_t y_row = first_row + row, column = strip * kTileColumns + 8 * chunk;
-    if (y_row < params.m && column < params.n)
-      *reinterpret_cast<uint4*>(y + y_row * params.n + column) =
-          *reinterpret_cast<const uint4*>(&scratch.rows[row][8 * chunk]);
+    constexpr int kChunks = kShape.columns() / 8;  // per row
+    auto* y = static_cast<uint16_t*>(params.y);
+    for (int i = role.group_thread; i < kRows * kChunks; i += kShape.group_threads()) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const int64_t y_row = first_row + part * kRows + row;
+      const int64_t column = strip * kTileColumns + 8 * chunk;
+      if (y_row < params.m && column < params.n)
+        *reinterpret_cast<uint4*>(y + y_row * params.n + column) =
+            *reinterpret_cast<const uint4*>(&scratch.rows[row][8 * chunk]);
+    }
   }
 }
 

@@ -46,9 +46,9 @@ class StageCopy {
 
   __device__ void load_next(Stage<kShape>& stage) {
     if (walk_) {
-      weights_.load(stage, role_);
-      activations_.load(stage, role_);
-      if constexpr (kSteps != ScaleSteps::kOnce) scales_.load(stage, role_);
+      weights_.load(stage, params_.gemm, role_);
+      activations_.load(stage, params_.gemm, role_);
+      if constexpr (kSteps != ScaleSteps::kOnce) scales_.load(stage, params_.gemm, role_);
       if (walk_.next())
         advance();
       else if (walk_)
@@ -67,7 +67,7 @@ class StageCopy {
   }
 
   __device__ void advance() {
-    weights_.advance();
+    weights_.advance(params_.gemm);
     activations_.advance();
     if constexpr (kSteps != ScaleSteps::kOnce) scales_.advance();
   }
@@ -80,36 +80,42 @@ class StageCopy {
   ScaleCopy<kShape, kSteps> scales_;
 };
 
-// sums += W · X of tiles [first, last) of a stage.
-template <typename Half, CtaShape kShape>
+// sums += W · X of tiles [first, last) of a stage, for kCount blocks from kFirst on.
+template <typename Half, int kFirst, int kCount, CtaShape kShape>
 __device__ void multiply_tiles(const Stage<kShape>& stage, const Role<kShape>& role, int first,
-                               int last, Sums<kShape>& sums) {
+                               int last, BlockSums<kShape, kCount>& sums) {
 #pragma unroll
-  for (int tile = first; tile < last; ++tile) {
-    ActivationFragments<kShape> x;
-    x.load(stage, role, tile);
-    sums.template multiply<Half>(words_of(stage, role, tile), x);
-  }
+  for (int tile = first; tile < last; ++tile)
+    sums.template multiply<Half, kFirst>(stage, role, tile);
 }
 
-// A stage's share of the sums. Per column, sums stay in units of the scale until the end; with
-// groups, each group's product is scaled in FP32, so no scale is too large, too small or zero.
+// Tiles that share a scale: their product apart, then scaled in FP32 and added, so no scale is too
+// large, too small or zero. The product of all four blocks takes as many registers as the sums; warps
+// with 64 rows have them for two blocks at a time and read X twice.
+template <typename Half, int kFirst = 0, CtaShape kShape>
+__device__ void multiply_group(const Stage<kShape>& stage, const Role<kShape>& role, int group,
+                               int tiles, Dtype scale_dtype, Sums<kShape>& sums) {
+  constexpr int kCount = kShape.rows_per_warp() > 32 ? kBlocks / 2 : kBlocks;
+  BlockSums<kShape, kCount> product;
+  multiply_tiles<Half, kFirst>(stage, role, group * tiles, (group + 1) * tiles, product);
+  ScaleFragment scale;
+  scale.load(stage, role, group, scale_dtype);
+  sums.template add_scaled<kFirst>(product, scale);
+  if constexpr (kFirst + kCount < kBlocks)
+    multiply_group<Half, kFirst + kCount>(stage, role, group, tiles, scale_dtype, sums);
+}
+
+// A stage's share of the sums. Per column, sums stay in units of the scale until the end.
 template <typename Half, ScaleSteps kSteps, CtaShape kShape>
 __device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& role,
                                Dtype scale_dtype, Sums<kShape>& sums) {
   if constexpr (kSteps == ScaleSteps::kOnce) {
-    multiply_tiles<Half>(stage, role, 0, kStageTiles, sums);
+    multiply_tiles<Half, 0, kBlocks>(stage, role, 0, kStageTiles, sums);
   } else {
     constexpr int kGroups = kSteps == ScaleSteps::kHalfStage ? 2 : 1;
-    constexpr int kTiles = kStageTiles / kGroups;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      Sums<kShape> group_sums;
-      multiply_tiles<Half>(stage, role, group * kTiles, (group + 1) * kTiles, group_sums);
-      ScaleFragment scale;
-      scale.load(stage, role, group, scale_dtype);
-      sums.add_scaled(group_sums, scale);
-    }
+    for (int group = 0; group < kGroups; ++group)
+      multiply_group<Half>(stage, role, group, kStageTiles / kGroups, scale_dtype, sums);
   }
 }
 

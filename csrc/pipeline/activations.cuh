@@ -9,7 +9,7 @@
 namespace marlin {
 
 // The threads of a depth group share the 16-byte chunks of a stage; rows past m and columns past k
-// become zeros.
+// become zeros. Offsets count chunks, so that 32 bits reach 32 GB of X and spare registers.
 template <CtaShape kShape>
 class ActivationCopy {
   static constexpr int kRowsAtOnce = kShape.group_threads() / kSwizzleChunks;
@@ -18,16 +18,18 @@ class ActivationCopy {
  public:
   __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t first_row,
                        int tile) {
-    const int row = role.group_thread / kSwizzleChunks;
-    const int column = kStageRows * tile + role.group_thread % kSwizzleChunks * 8;
-    pitch_ = params.x_pitch;
-    source_ = static_cast<const uint16_t*>(params.x) + (first_row + row) * pitch_ + column;
-    columns_left_ = static_cast<int>(params.k) - column;
-    const int64_t rows_left = params.m - first_row - row;
+    const int64_t row = first_row + role.group_thread / kSwizzleChunks;
+    const int chunk = kSwizzleChunks * tile + role.group_thread % kSwizzleChunks;
+    offset_ = static_cast<uint32_t>(row * (params.x_pitch / 8) + chunk);
+    chunks_left_ = static_cast<int>(params.k / 8) - chunk;
+    const int64_t rows_left = params.m - row;
     rows_left_ = static_cast<int>(rows_left < kShape.rows ? rows_left : kShape.rows);
   }
 
-  __device__ void load(Stage<kShape>& stage, const Role<kShape>& role) const {
+  __device__ void load(Stage<kShape>& stage, const GemmParams& params,
+                       const Role<kShape>& role) const {
+    const auto* x = static_cast<const Chunk*>(params.x);
+    const uint32_t pitch = static_cast<uint32_t>(params.x_pitch / 8);
     const int row = role.group_thread / kSwizzleChunks;
     const int chunk = role.group_thread % kSwizzleChunks;
 #pragma unroll
@@ -35,47 +37,37 @@ class ActivationCopy {
       const int first = i * kRowsAtOnce;
       if (kShape.rows % kRowsAtOnce != 0 && first + row >= kShape.rows) break;
       ptx::cp_async(&stage.activations[first + row][swizzled_chunk(first + row, chunk)],
-                    source_ + first * pitch_, first < rows_left_ && columns_left_ > 0);
+                    x + (offset_ + first * pitch), first < rows_left_ && chunks_left_ > 0);
     }
   }
 
   __device__ void advance() {
-    source_ += kStageRows * kShape.depth_groups;
-    columns_left_ -= kStageRows * kShape.depth_groups;
+    offset_ += kSwizzleChunks * kShape.depth_groups;
+    chunks_left_ -= kSwizzleChunks * kShape.depth_groups;
   }
 
  private:
-  const uint16_t* source_;
-  int64_t pitch_;
-  int columns_left_;
+  uint32_t offset_;
+  int chunks_left_;
   int rows_left_;
 };
 
-// B fragments of one tile along k (16 columns of X) for all of a warp's rows, eight rows each.
+// B fragments of one tile along k (16 columns of X) for two batches of eight rows.
 template <CtaShape kShape>
 struct ActivationFragments {
-  static constexpr int kBatches = kShape.rows_per_warp() / 8;
-  ptx::FragmentB fragments[kBatches];
+  ptx::FragmentB fragments[2];
 
-  __device__ void load(const Stage<kShape>& stage, const Role<kShape>& role, int tile) {
-    const int first_row = role.row_warp * kShape.rows_per_warp();
-    if constexpr (kBatches == 1) {
-      // One fragment is two of ldmatrix' four matrices; the other two are read and dropped.
-      uint32_t matrices[4];
-      const int row = first_row + role.lane % 8, chunk = 2 * tile + role.lane / 8 % 2;
-      ptx::ldmatrix(matrices, &stage.activations[row][swizzled_chunk(row, chunk)]);
-      fragments[0] = {{matrices[0], matrices[1]}};
-    } else {
-#pragma unroll
-      for (int batch = 0; batch < kBatches; batch += 2) {
-        uint32_t matrices[4];  // rows 0-7: columns 0-7, 8-15; rows 8-15: the same
-        const int row = first_row + 8 * batch + role.lane % 8 + role.lane / 16 * 8;
-        const int chunk = 2 * tile + role.lane / 8 % 2;
-        ptx::ldmatrix(matrices, &stage.activations[row][swizzled_chunk(row, chunk)]);
-        fragments[batch] = {{matrices[0], matrices[1]}};
-        fragments[batch + 1] = {{matrices[2], matrices[3]}};
-      }
-    }
+  // Batches `batch` and `batch + 1` of the warp's rows; where it has only one, the second is junk.
+  __device__ void load(const Stage<kShape>& stage, const Role<kShape>& role, int tile, int batch) {
+    constexpr bool kSingle = kShape.rows_per_warp() == 8;
+    // ldmatrix' four: rows 0-7 with columns 0-7 and 8-15, then rows 8-15 with the same.
+    const int row = role.row_warp * kShape.rows_per_warp() + 8 * batch + role.lane % 8 +
+                    (kSingle ? 0 : role.lane / 16 * 8);
+    const int chunk = 2 * tile + role.lane / 8 % 2;
+    uint32_t matrices[4];
+    ptx::ldmatrix(matrices, &stage.activations[row][swizzled_chunk(row, chunk)]);
+    fragments[0] = {{matrices[0], matrices[1]}};
+    fragments[1] = {{matrices[2], matrices[3]}};
   }
 };
 

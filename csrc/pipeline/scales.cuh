@@ -24,32 +24,28 @@ class ScaleCopy {
  public:
   __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t strip,
                        int tile) {
-    const int64_t chunk = strip * 8 + role.group_thread % kChunks;
-    group_ = role.group_thread / kChunks;
-    pitch_ = params.n / 8;
-    source_ = static_cast<const Chunk*>(params.scales) + chunk;
-    stages_per_group_log2_ = params.group_rows == 2 * kStageRows ? 1 : 0;
-    groups_ = chunk < pitch_ ? static_cast<int>(params.k / params.group_rows) : 0;
+    chunk_ = static_cast<int>(strip) * 8 + role.group_thread % kChunks;
+    copies_ = role.group_thread / kChunks < kGroups && chunk_ < params.n / 8;
     tile_ = tile;
   }
 
-  __device__ void load(Stage<kShape>& stage, const Role<kShape>& role) const {
-    if (group_ >= kGroups) return;
-    const int chunk = role.group_thread % kChunks;
-    const int row = (tile_ * kGroups + group_) >> stages_per_group_log2_;
-    ptx::cp_async(&stage.scales[group_][chunk / 8][chunk % 8], source_ + row * pitch_,
-                  row < groups_);
+  __device__ void load(Stage<kShape>& stage, const GemmParams& params,
+                       const Role<kShape>& role) const {
+    if (!copies_) return;
+    const int group = role.group_thread / kChunks, chunk = role.group_thread % kChunks;
+    const int stages_per_group_log2 = params.group_rows == 2 * kStageRows ? 1 : 0;
+    const int64_t row = (tile_ * kGroups + group) >> stages_per_group_log2;
+    ptx::cp_async(&stage.scales[group][chunk / 8][chunk % 8],
+                  static_cast<const Chunk*>(params.scales) + row * (params.n / 8) + chunk_,
+                  row * params.group_rows < params.k);
   }
 
   __device__ void advance() { tile_ += kShape.depth_groups; }
 
  private:
-  const Chunk* source_;
-  int64_t pitch_;  // chunks between rows of scales
-  int group_;      // of the stage, that this thread copies
-  int groups_;
-  int stages_per_group_log2_;
+  int chunk_;
   int tile_;
+  bool copies_;
 };
 
 __device__ inline float scale_value(uint16_t bits, Dtype dtype) {

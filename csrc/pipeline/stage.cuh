@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/gemm.h"
-#include "pipeline/shared_memory.h"
+#include "format/shared_memory.h"
 #include "ptx/barrier.cuh"
 
 namespace marlin {

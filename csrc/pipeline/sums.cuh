@@ -6,6 +6,7 @@
 #include "pipeline/activations.cuh"
 #include "pipeline/scales.cuh"
 #include "pipeline/stage.cuh"
+#include "pipeline/weights.cuh"
 #include "ptx/mma.cuh"
 
 namespace marlin {
@@ -20,37 +21,54 @@ __device__ inline float4 as_float4(const Chunk& c) {
           __uint_as_float(c.words[3])};
 }
 
-template <CtaShape kShape>
-struct Sums {
+// kCount of a warp's four blocks.
+template <CtaShape kShape, int kCount>
+struct BlockSums {
   static constexpr int kBatches = kShape.rows_per_warp() / 8;
-  static constexpr int kPieces = kBlocks * kBatches;  // float4s per lane
 
-  ptx::Accumulator values[kBlocks][kBatches] = {};
+  ptx::Accumulator values[kCount][kBatches] = {};
 
-  // += one tile of W times the matching columns of X, in units of W's scales.
-  template <typename Half>
-  __device__ void multiply(const Chunk& words, const ActivationFragments<kShape>& x) {
+  // += these blocks of one tile of W, from kFirst on, times the matching columns of X.
+  template <typename Half, int kFirst>
+  __device__ void multiply(const Stage<kShape>& stage, const Role<kShape>& role, int tile) {
+    const Chunk words = words_of(stage, role, tile);
+    ptx::FragmentA w[kCount];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const ptx::FragmentA w = dequantize<Half>(words.words[block]);
+    for (int block = 0; block < kCount; ++block)
+      w[block] = dequantize<Half>(words.words[kFirst + block]);
 #pragma unroll
-      for (int batch = 0; batch < kBatches; ++batch)
-        ptx::mma<Half>(w, x.fragments[batch], values[block][batch]);
+    for (int batch = 0; batch < kBatches; batch += 2) {
+      ActivationFragments<kShape> x;
+      x.load(stage, role, tile, batch);
+#pragma unroll
+      for (int i = 0; i < 2 && batch + i < kBatches; ++i)
+#pragma unroll
+        for (int block = 0; block < kCount; ++block)
+          ptx::mma<Half>(w[block], x.fragments[i], values[block][batch + i]);
     }
   }
+};
 
-  // += others · scale. An accumulator's first two values are the lane's column, its last two the
-  // column 8 further.
-  __device__ void add_scaled(const Sums& others, const ScaleFragment& scale) {
+template <CtaShape kShape>
+struct Sums : BlockSums<kShape, kBlocks> {
+  using BlockSums<kShape, kBlocks>::kBatches;
+  using BlockSums<kShape, kBlocks>::values;
+  static constexpr int kPieces = kBlocks * kBatches;  // float4s per lane
+
+  // += others · scale, to blocks from kFirst on. An accumulator's first two values are the lane's
+  // column, its last two the column 8 further.
+  template <int kFirst, int kCount>
+  __device__ void add_scaled(const BlockSums<kShape, kCount>& others, const ScaleFragment& scale) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
+    for (int block = 0; block < kCount; ++block)
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          values[block][batch].values[i] =
-              fmaf(others.values[block][batch].values[i], scale.values[2 * block + i / 2],
-                   values[block][batch].values[i]);
+        for (int i = 0; i < 4; ++i) {
+          float& sum = values[kFirst + block][batch].values[i];
+          sum = fmaf(others.values[block][batch].values[i],
+                     scale.values[2 * (kFirst + block) + i / 2], sum);
+        }
   }
 
   // The sums as 16-byte pieces, to hand on.

@@ -7,6 +7,7 @@
 namespace marlin {
 
 // Each warp fetches tiles of its own columns, one 16-byte chunk per lane: whole 512-byte lines.
+// Offsets count chunks.
 template <CtaShape kShape>
 class WeightCopy {
  public:
@@ -15,30 +16,35 @@ class WeightCopy {
                        int tile) {
     const int64_t column_strip = strip + role.column_warp;
     const int64_t tile_row = int64_t{tile} * kStageTiles + role.row_warp;
-    pitch_ = words_in_tile_row(params.n) / 4;
-    source_ = reinterpret_cast<const Chunk*>(params.words) + tile_row * pitch_ +
-              column_strip * (kTileWords / 4) + role.lane;
+    offset_ = static_cast<uint32_t>(tile_row * pitch(params) + column_strip * (kTileWords / 4) +
+                                    role.lane);
     const bool inside = column_strip < params.n / kTileColumns;
     tile_rows_left_ = inside ? static_cast<int>(params.k / kTileRows - tile_row) : 0;
   }
 
-  __device__ void load(Stage<kShape>& stage, const Role<kShape>& role) const {
+  __device__ void load(Stage<kShape>& stage, const GemmParams& params,
+                       const Role<kShape>& role) const {
+    const auto* words = reinterpret_cast<const Chunk*>(params.words);
 #pragma unroll
     for (int i = 0; i < kStageTiles; i += kShape.row_warps)
       ptx::cp_async(&stage.words[i + role.row_warp][role.column_warp][role.lane],
-                    source_ + i * pitch_, i < tile_rows_left_);
+                    words + (offset_ + i * pitch(params)), i < tile_rows_left_);
   }
 
   // To this depth group's next stage of the slice.
-  __device__ void advance() {
+  __device__ void advance(const GemmParams& params) {
     constexpr int kTiles = kStageTiles * kShape.depth_groups;
-    source_ += kTiles * pitch_;
+    offset_ += kTiles * pitch(params);
     tile_rows_left_ -= kTiles;
   }
 
  private:
-  const Chunk* source_;
-  int64_t pitch_;  // chunks between tile rows
+  static __device__ uint32_t pitch(const GemmParams& params) {  // chunks between tile rows
+    return static_cast<uint32_t>(params.n / 2);
+  }
+  static_assert(kTileWords / 4 * 2 == kTileColumns, "n / 2 chunks in a row of tiles");
+
+  uint32_t offset_;
   int tile_rows_left_;
 };
 

@@ -29,19 +29,21 @@ struct Stage {
   Chunk scales[kMaxStageGroups][kShape.column_warps][8];  // 64 halves per column warp
 };
 
-// The sums of one depth group on their way to the first.
+// Part of the sums of one depth group, on their way to the first.
 template <CtaShape kShape>
 struct SumsScratch {
-  static constexpr int kPieces = kShape.depth_groups == 1 ? 1 : kShape.rows_per_warp() / 2;
+  static constexpr int kAllPieces = kShape.rows_per_warp() / 2;  // per lane
+  static constexpr int kPieces = kShape.depth_groups == 1 ? 1 : std::min(kAllPieces, 16);
   Chunk pieces[kPieces][kShape.group_threads()];
 };
 
-// Finished rows of Y on their way to memory. A row is padded by one 16-byte chunk: rows two apart
+// Some finished rows of Y on their way to memory. A row is padded by one 16-byte chunk: rows two apart
 // then start 8 banks apart, so that the lanes of an accumulator (8 columns by 4 pairs of rows) write
 // without conflicts.
 template <CtaShape kShape>
 struct OutputScratch {
-  alignas(16) uint16_t rows[kShape.rows][kShape.columns() + 8];
+  static constexpr int kRows = std::min(kShape.rows_per_warp(), 32);
+  alignas(16) uint16_t rows[kRows][kShape.columns() + 8];
 };
 
 template <CtaShape kShape>
