@@ -143,6 +143,7 @@ py::dict kernel_shapes() {
     py::dict entry;
     entry["rows"] = shape.rows;
     entry["columns"] = shape.columns();
+    entry["depth"] = shape.depth;
     entry["depth_groups"] = shape.depth_groups;
     entry["stages"] = shape.stages;
     entry["threads"] = shape.threads();

@@ -11,13 +11,15 @@
 namespace marlin {
 
 // The shape of a CTA of the sm_80 engine. Its warps form depth_groups x row_warps x column_warps.
-//   columns   64 per column warp
-//   rows      of X, shared evenly by the row warps
-//   depth     each depth group takes every depth_groups-th tile along k, with its own ring of stages
+//   rows        of X, shared evenly by the row warps
+//   columns     64 per column warp
+//   depth       rows of W (along k) in a stage: the tile that partitions count
+//   depth_groups  each takes every depth_groups-th tile and has a ring of stages of its own
 struct CtaShape {
   int rows;
   int row_warps;
   int column_warps;
+  int depth;
   int depth_groups;
   int stages;
 
@@ -29,22 +31,28 @@ struct CtaShape {
   constexpr bool operator==(const CtaShape&) const = default;
 };
 
-// Rows of W in a stage: the engine's tile along k.
-inline constexpr int kStageRows = 64;
-
 struct NamedShape {
-  std::string_view name;  // rows x columns x depth groups
+  std::string_view name;  // rows x columns x depth x depth groups
   CtaShape shape;
 };
 
 // kernel/instances/ compiles each of these; dispatch/select.cpp chooses among them.
 inline constexpr std::array kSm80Shapes{
-    NamedShape{"8x256x4", {8, 1, 4, 4, 3}},   NamedShape{"8x128x4", {8, 1, 2, 4, 4}},
-    NamedShape{"16x256x4", {16, 1, 4, 4, 3}}, NamedShape{"16x256x2", {16, 1, 4, 2, 3}},
-    NamedShape{"16x128x4", {16, 1, 2, 4, 4}}, NamedShape{"32x256x2", {32, 1, 4, 2, 4}},
-    NamedShape{"32x128x4", {32, 1, 2, 4, 3}}, NamedShape{"64x256x1", {64, 2, 4, 1, 4}},
-    NamedShape{"64x128x2", {64, 2, 2, 2, 3}}, NamedShape{"64x256x2", {64, 1, 4, 2, 4}},
-    NamedShape{"128x256x1", {128, 2, 4, 1, 4}}, NamedShape{"128x128x1", {128, 4, 2, 1, 4}},
+    NamedShape{"8x256x64x4", {8, 1, 4, 64, 4, 3}},
+    NamedShape{"8x256x128x4", {8, 1, 4, 128, 4, 2}},
+    NamedShape{"8x128x64x4", {8, 1, 2, 64, 4, 4}},
+    NamedShape{"16x256x64x4", {16, 1, 4, 64, 4, 3}},
+    NamedShape{"16x256x128x4", {16, 1, 4, 128, 4, 2}},
+    NamedShape{"16x256x64x2", {16, 1, 4, 64, 2, 3}},
+    NamedShape{"16x128x64x4", {16, 1, 2, 64, 4, 4}},
+    NamedShape{"32x256x64x2", {32, 1, 4, 64, 2, 4}},
+    NamedShape{"32x256x128x2", {32, 1, 4, 128, 2, 3}},
+    NamedShape{"32x128x64x4", {32, 1, 2, 64, 4, 3}},
+    NamedShape{"64x128x64x2", {64, 2, 2, 64, 2, 3}},
+    NamedShape{"64x256x64x2", {64, 1, 4, 64, 2, 4}},
+    NamedShape{"64x256x128x2", {64, 1, 4, 128, 2, 3}},
+    NamedShape{"128x256x64x1", {128, 2, 4, 64, 1, 4}},
+    NamedShape{"128x256x128x1", {128, 2, 4, 128, 1, 3}},
 };
 
 constexpr size_t sm80_index(std::string_view name) {
@@ -52,13 +60,6 @@ constexpr size_t sm80_index(std::string_view name) {
   while (index < kSm80Shapes.size() && kSm80Shapes[index].name != name) ++index;
   return index;  // the number of shapes if there is none of this name
 }
-
-// How often sums meet their scales: compiled apart, since it shapes the main loop.
-enum class ScaleSteps {
-  kOnce,       // per column: at the very end
-  kStage,      // groups of 64 or 128 rows: after each stage
-  kHalfStage,  // groups of 32 rows
-};
 
 struct KernelConfig {
   size_t shape = 0;  // index into kSm80Shapes

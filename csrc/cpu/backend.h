@@ -17,13 +17,13 @@ struct Kernels {
 
   // W[first_row .. last_row, 64 strip .. 64 strip + 63] as FP32 into `panel`, whose rows lie `pitch`
   // floats apart. Rows are multiples of 16. (code - 8) * scale is exact in FP32.
-  void (*dequantize)(const PackedWeight& weight, int64_t first_row, int64_t last_row,
-                     int64_t strip, float* panel, int64_t pitch);
+  void (*dequantize)(const PackedWeight& weight, int64_t first_row, int64_t last_row, int64_t strip,
+                     float* panel, int64_t pitch);
 
   // y[m, 64] (contiguous) = x[m, k] · W[:, strip], everything FP32; rows of x lie `x_pitch` floats
   // apart.
-  void (*multiply_strip)(const PackedWeight& weight, int64_t strip, const float* x,
-                         int64_t x_pitch, int64_t m, float* y);
+  void (*multiply_strip)(const PackedWeight& weight, int64_t strip, const float* x, int64_t x_pitch,
+                         int64_t m, float* y);
 };
 
 // The kernels named `name`, or the fastest that this CPU runs for an empty name. nullptr if this CPU

@@ -98,8 +98,7 @@ inline void accumulate_block(const float* panel, int depth, const float* x, int6
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c)
-      store(y + r * kTileColumns + c * Isa::kLanes, sum[r][c]);
+    for (int c = 0; c < Columns; ++c) store(y + r * kTileColumns + c * Isa::kLanes, sum[r][c]);
 }
 
 // As many columns as fit beside the sums in the register file, for enough independent sums to
@@ -112,8 +111,7 @@ inline void accumulate_rows(const float* panel, int depth, const float* x, int64
   constexpr int kColumns = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
   constexpr int kStep = std::min(kColumns, kVectors);
   for (int c = 0; c < kVectors; c += kStep) {
-    accumulate_block<Rows, kStep>(panel + c * Isa::kLanes, depth, x, x_pitch,
-                                  y + c * Isa::kLanes);
+    accumulate_block<Rows, kStep>(panel + c * Isa::kLanes, depth, x, x_pitch, y + c * Isa::kLanes);
   }
 }
 

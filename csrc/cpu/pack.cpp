@@ -37,10 +37,10 @@ void pack_tile(const uint8_t* tile, int64_t n, uint32_t* words, uint8_t* seen) {
     for (int block = 0; block < 4; ++block) {
       for (int c = 0; c < kColumns; ++c) {
         const int left = 16 * block + c, right = left + 8;
-        words[word_index(c, pair, block)] =
-            static_cast<uint32_t>(bytes[0][left]) | static_cast<uint32_t>(bytes[0][right]) << 8 |
-            static_cast<uint32_t>(bytes[1][left]) << 16 |
-            static_cast<uint32_t>(bytes[1][right]) << 24;
+        words[word_index(c, pair, block)] = static_cast<uint32_t>(bytes[0][left]) |
+                                            static_cast<uint32_t>(bytes[0][right]) << 8 |
+                                            static_cast<uint32_t>(bytes[1][left]) << 16 |
+                                            static_cast<uint32_t>(bytes[1][right]) << 24;
       }
     }
   }
@@ -118,10 +118,8 @@ void store_floats(const float* source, int64_t count, Dtype dtype, void* destina
 }
 
 void load_floats(const void* source, int64_t count, Dtype dtype, float* destination) {
-  if (dtype == Dtype::kF32)
-    std::memcpy(destination, source, count * sizeof(float));
-  else
-    load_halves(static_cast<const uint16_t*>(source), count, dtype, destination);
+  if (dtype == Dtype::kF32) std::memcpy(destination, source, count * sizeof(float));
+  else load_halves(static_cast<const uint16_t*>(source), count, dtype, destination);
 }
 
 }  // namespace marlin::cpu

@@ -1,5 +1,6 @@
 #include "dispatch/launch.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -10,7 +11,7 @@
 namespace marlin {
 namespace {
 
-using LaunchShape = cudaError_t (*)(const Sm80Params&, Dtype, ScaleSteps, cudaStream_t);
+using LaunchShape = cudaError_t (*)(const Sm80Params&, Dtype, int, cudaStream_t);
 
 constexpr auto kLaunchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
   return std::array<LaunchShape, sizeof...(kIndex)>{&launch_shape<kIndex>...};
@@ -29,10 +30,10 @@ cudaError_t launch_sm80(const GemmParams& gemm, const Problem& problem, const Ke
                         const Workspace& workspace, cudaStream_t stream) {
   const Sm80Params params{gemm, partition_of(problem, config),
                           static_cast<int>(row_tiles(problem, config)), workspace};
-  const ScaleSteps steps = problem.per_column()                ? ScaleSteps::kOnce
-                           : gemm.group_rows < kStageRows ? ScaleSteps::kHalfStage
-                                                          : ScaleSteps::kStage;
-  return kLaunchers[config.shape](params, problem.activation, steps, stream);
+  const int depth = kSm80Shapes[config.shape].shape.depth;
+  const int groups_per_stage =
+      problem.per_column() ? 0 : std::max(1, depth / static_cast<int>(gemm.group_rows));
+  return kLaunchers[config.shape](params, problem.activation, groups_per_stage, stream);
 }
 
 }  // namespace marlin

@@ -30,16 +30,16 @@ int64_t row_tiles(const Problem& problem, const KernelConfig& config) {
 Partition partition_of(const Problem& problem, const KernelConfig& config) {
   const CtaShape& shape = kSm80Shapes[config.shape].shape;
   return {ceil_div(problem.n, shape.columns()) * row_tiles(problem, config),
-          static_cast<int>(ceil_div(problem.k, kStageRows)), config.runs};
+          static_cast<int>(ceil_div(problem.k, shape.depth)), config.runs};
 }
 
 KernelConfig select_sm80(const Problem& problem, const Device& device) {
-  const std::string_view wanted = problem.m <= 8    ? "8x256x4"
-                                  : problem.m <= 16 ? "16x256x4"
-                                  : problem.m <= 32 ? "32x256x2"
-                                                    : "64x256x1";
+  const std::string_view wanted = problem.m <= 8    ? "8x256x64x4"
+                                  : problem.m <= 16 ? "16x256x64x4"
+                                  : problem.m <= 32 ? "32x256x64x2"
+                                                    : "64x256x64x2";
   size_t shape = sm80_index(wanted);
-  if (!fits(shape, device)) shape = sm80_index("16x256x2");
+  if (!fits(shape, device)) shape = sm80_index("16x256x64x2");
   return {shape, default_runs(problem, shape, device)};
 }
 

@@ -7,14 +7,14 @@
 namespace marlin {
 
 // For the threads of the first depth group.
-template <typename Half, ScaleSteps kSteps, CtaShape kShape>
+template <typename Half, bool kPerColumn, CtaShape kShape>
 __device__ void store_rows(const Sums<kShape>& sums, const Role<kShape>& role,
                            const GemmParams& params, int64_t strip, int64_t first_row,
                            OutputScratch<kShape>& scratch) {
   const int64_t warp_column = (strip + role.column_warp) * kTileColumns + role.fragment_column;
 
   ScaleFragment scale;
-  if constexpr (kSteps == ScaleSteps::kOnce) scale.load_per_column(params, role, strip);
+  if constexpr (kPerColumn) scale.load_per_column(params, role, strip);
   float bias[8] = {};
   if (params.bias != nullptr && warp_column < params.n) {
 #pragma unroll
@@ -38,7 +38,7 @@ __device__ void store_rows(const Sums<kShape>& sums, const Role<kShape>& role,
             const int column = 2 * block + i / 2;  // in units of 8
             const int row = 8 * batch + 2 * role.fragment_pair + i % 2;
             float value = sums.values[block][first_batch + batch].values[i];
-            if constexpr (kSteps == ScaleSteps::kOnce) value *= scale.values[column];
+            if constexpr (kPerColumn) value *= scale.values[column];
             scratch.rows[row][role.column_warp * kTileColumns + 8 * column +
                               role.fragment_column] = half_bits<Half>(value + bias[column]);
           }

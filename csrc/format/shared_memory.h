@@ -16,24 +16,23 @@ struct alignas(16) Chunk {  // what one lane copies at once
   uint32_t words[4];
 };
 
-inline constexpr int kStageTiles = kStageRows / kTileRows;  // tiles of W along k
-inline constexpr int kMaxStageGroups = 2;                   // of 32 rows each
-
-// 64 rows of W, a strip of columns wide; the same 64 columns of X; the scales of those rows.
+// `depth` rows of W, a strip of columns wide; the same columns of X; the scales of those rows.
 template <CtaShape kShape>
 struct Stage {
-  static_assert(kStageRows * 2 == kSwizzleChunks * 16, "a row of X fills the swizzle's 128 bytes");
+  static constexpr int kTiles = kShape.depth / kTileRows;      // of W, along k
+  static constexpr int kPanels = kShape.depth / kPanelColumns;  // of X
+  static constexpr int kMaxGroups = kShape.depth / 32;
 
-  Chunk words[kStageTiles][kShape.column_warps][32];      // as they lie in memory, tile by tile
-  Chunk activations[kShape.rows][kSwizzleChunks];         // chunks swizzled
-  Chunk scales[kMaxStageGroups][kShape.column_warps][8];  // 64 halves per column warp
+  Chunk words[kTiles][kShape.column_warps][32];               // as they lie in memory, tile by tile
+  Chunk activations[kPanels][kShape.rows][kSwizzleChunks];    // chunks swizzled
+  Chunk scales[kMaxGroups][kShape.column_warps][8];           // 64 halves per column warp
 };
 
 // Part of the sums of one depth group, on their way to the first.
 template <CtaShape kShape>
 struct SumsScratch {
   static constexpr int kAllPieces = kShape.rows_per_warp() / 2;  // per lane
-  static constexpr int kPieces = kShape.depth_groups == 1 ? 1 : std::min(kAllPieces, 16);
+  static constexpr int kPieces = kShape.depth_groups == 1 ? 1 : std::min(kAllPieces, 8);
   Chunk pieces[kPieces][kShape.group_threads()];
 };
 
@@ -42,7 +41,7 @@ struct SumsScratch {
 // without conflicts.
 template <CtaShape kShape>
 struct OutputScratch {
-  static constexpr int kRows = std::min(kShape.rows_per_warp(), 32);
+  static constexpr int kRows = std::min(kShape.rows_per_warp(), 16);
   alignas(16) uint16_t rows[kRows][kShape.columns() + 8];
 };
 

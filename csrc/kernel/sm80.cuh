@@ -34,7 +34,7 @@ struct Slice {
 };
 
 // Copies of a run's stages, one after the other; one commit group per stage, also past the end.
-template <CtaShape kShape, ScaleSteps kSteps>
+template <CtaShape kShape, int kGroups>
 class StageCopy {
  public:
   __device__ StageCopy(const Sm80Params& params, const Role<kShape>& role, int run)
@@ -48,7 +48,7 @@ class StageCopy {
     if (walk_) {
       weights_.load(stage, params_.gemm, role_);
       activations_.load(stage, params_.gemm, role_);
-      if constexpr (kSteps != ScaleSteps::kOnce) scales_.load(stage, params_.gemm, role_);
+      if constexpr (kGroups > 0) scales_.load(stage, params_.gemm, role_);
       if (walk_.next())
         advance();
       else if (walk_)
@@ -62,14 +62,14 @@ class StageCopy {
     const Slice<kShape> slice(walk_.slice(), params_.row_tiles);
     weights_.seek(params_.gemm, role_, slice.strip, walk_.tile());
     activations_.seek(params_.gemm, role_, slice.first_row, walk_.tile());
-    if constexpr (kSteps != ScaleSteps::kOnce)
+    if constexpr (kGroups > 0)
       scales_.seek(params_.gemm, role_, slice.strip, walk_.tile());
   }
 
   __device__ void advance() {
     weights_.advance(params_.gemm);
     activations_.advance();
-    if constexpr (kSteps != ScaleSteps::kOnce) scales_.advance();
+    if constexpr (kGroups > 0) scales_.advance();
   }
 
   const Sm80Params& params_;
@@ -77,7 +77,7 @@ class StageCopy {
   TileWalk walk_;
   WeightCopy<kShape> weights_;
   ActivationCopy<kShape> activations_;
-  ScaleCopy<kShape, kSteps> scales_;
+  ScaleCopy<kShape, kGroups> scales_;
 };
 
 // sums += W · X of tiles [first, last) of a stage, for kCount blocks from kFirst on.
@@ -105,22 +105,23 @@ __device__ void multiply_group(const Stage<kShape>& stage, const Role<kShape>& r
     multiply_group<Half, kFirst + kCount>(stage, role, group, tiles, scale_dtype, sums);
 }
 
-// A stage's share of the sums. Per column, sums stay in units of the scale until the end.
-template <typename Half, ScaleSteps kSteps, CtaShape kShape>
+// A stage's share of the sums, with kGroups groups of scales per stage. Without any (per column),
+// sums stay in units of the scale until the end.
+template <typename Half, int kGroups, CtaShape kShape>
 __device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& role,
                                Dtype scale_dtype, Sums<kShape>& sums) {
-  if constexpr (kSteps == ScaleSteps::kOnce) {
-    multiply_tiles<Half, 0, kBlocks>(stage, role, 0, kStageTiles, sums);
+  constexpr int kTiles = Stage<kShape>::kTiles;
+  if constexpr (kGroups == 0) {
+    multiply_tiles<Half, 0, kBlocks>(stage, role, 0, kTiles, sums);
   } else {
-    constexpr int kGroups = kSteps == ScaleSteps::kHalfStage ? 2 : 1;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
-      multiply_group<Half>(stage, role, group, kStageTiles / kGroups, scale_dtype, sums);
+      multiply_group<Half>(stage, role, group, kTiles / kGroups, scale_dtype, sums);
   }
 }
 
 // Templated on the index of its shape: nvcc 13.0 cannot name a kernel by a class-type argument.
-template <size_t kIndex, typename Half, ScaleSteps kSteps>
+template <size_t kIndex, typename Half, int kGroups>
 __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
     sm80_kernel(const __grid_constant__ Sm80Params params) {
   constexpr CtaShape kShape = kSm80Shapes[kIndex].shape;
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
   const int run = run_of_block(params.partition);
   auto& ring = shared.stages[role.depth_group];
 
-  StageCopy<kShape, kSteps> copy(params, role, run);
+  StageCopy<kShape, kGroups> copy(params, role, run);
   for (int i = 0; i + 1 < kShape.stages; ++i) copy.load_next(ring[i]);
   int slot = 0, free_slot = kShape.stages - 1;
 
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
       ptx::cp_async_wait<kShape.stages - 2>();
       role.group_barrier();
       copy.load_next(ring[free_slot]);
-      multiply_stage<Half, kSteps>(ring[slot], role, params.gemm.scale_dtype, sums);
+      multiply_stage<Half, kGroups>(ring[slot], role, params.gemm.scale_dtype, sums);
       free_slot = slot;
       slot = slot + 1 == kShape.stages ? 0 : slot + 1;
     }
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
     reduce_groups(sums, role, shared.scratch.sums);
     if (role.depth_group == 0 && reduce_slice(sums, role, *segment, run, params.workspace)) {
       const Slice<kShape> slice(segment->slice, params.row_tiles);
-      store_rows<Half, kSteps>(sums, role, params.gemm, slice.strip, slice.first_row,
+      store_rows<Half, kGroups == 0>(sums, role, params.gemm, slice.strip, slice.first_row,
                                shared.scratch.output);
     }
   }

@@ -14,12 +14,14 @@ template <CtaShape kShape>
 class ActivationCopy {
   static constexpr int kRowsAtOnce = kShape.group_threads() / kSwizzleChunks;
   static constexpr int kCopies = (kShape.rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kPanels = Stage<kShape>::kPanels;
+  static constexpr int kStageChunks = kPanels * kSwizzleChunks;  // along k
 
  public:
   __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t first_row,
                        int tile) {
     const int64_t row = first_row + role.group_thread / kSwizzleChunks;
-    const int chunk = kSwizzleChunks * tile + role.group_thread % kSwizzleChunks;
+    const int chunk = kStageChunks * tile + role.group_thread % kSwizzleChunks;
     offset_ = static_cast<uint32_t>(row * (params.x_pitch / 8) + chunk);
     chunks_left_ = static_cast<int>(params.k / 8) - chunk;
     const int64_t rows_left = params.m - row;
@@ -36,14 +38,19 @@ class ActivationCopy {
     for (int i = 0; i < kCopies; ++i) {
       const int first = i * kRowsAtOnce;
       if (kShape.rows % kRowsAtOnce != 0 && first + row >= kShape.rows) break;
-      ptx::cp_async(&stage.activations[first + row][swizzled_chunk(first + row, chunk)],
-                    x + (offset_ + first * pitch), first < rows_left_ && chunks_left_ > 0);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int ahead = panel * kSwizzleChunks;
+        ptx::cp_async(&stage.activations[panel][first + row][swizzled_chunk(first + row, chunk)],
+                      x + (offset_ + first * pitch + ahead),
+                      first < rows_left_ && ahead < chunks_left_);
+      }
     }
   }
 
   __device__ void advance() {
-    offset_ += kSwizzleChunks * kShape.depth_groups;
-    chunks_left_ -= kSwizzleChunks * kShape.depth_groups;
+    offset_ += kStageChunks * kShape.depth_groups;
+    chunks_left_ -= kStageChunks * kShape.depth_groups;
   }
 
  private:
@@ -63,9 +70,10 @@ struct ActivationFragments {
     // ldmatrix' four: rows 0-7 with columns 0-7 and 8-15, then rows 8-15 with the same.
     const int row = role.row_warp * kShape.rows_per_warp() + 8 * batch + role.lane % 8 +
                     (kSingle ? 0 : role.lane / 16 * 8);
-    const int chunk = 2 * tile + role.lane / 8 % 2;
+    constexpr int kPanelTiles = kPanelColumns / kTileRows;
+    const int panel = tile / kPanelTiles, chunk = 2 * (tile % kPanelTiles) + role.lane / 8 % 2;
     uint32_t matrices[4];
-    ptx::ldmatrix(matrices, &stage.activations[row][swizzled_chunk(row, chunk)]);
+    ptx::ldmatrix(matrices, &stage.activations[panel][row][swizzled_chunk(row, chunk)]);
     fragments[0] = {{matrices[0], matrices[1]}};
     fragments[1] = {{matrices[2], matrices[3]}};
   }

@@ -14,18 +14,18 @@ namespace marlin {
 static_assert(grouped_position(1) - grouped_position(0) == 8 && grouped_position(8) == 1,
               "columns c, c + 8, c + 16, … of a lane are neighbours");
 
-// Per stage one row of scales, or two where groups have 32 rows.
-template <CtaShape kShape, ScaleSteps kSteps>
+// Per stage kGroups rows of scales: one also where a group is longer than a stage.
+template <CtaShape kShape, int kGroups>
 class ScaleCopy {
-  static constexpr int kGroups = kSteps == ScaleSteps::kHalfStage ? 2 : 1;
   static constexpr int kChunks = kShape.column_warps * 8;  // per row of scales
-  static_assert(kGroups * kChunks <= kShape.group_threads());
+  static constexpr int kCopies = kGroups * kChunks;
+  static_assert(kCopies <= kShape.group_threads());
 
  public:
   __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t strip,
                        int tile) {
     chunk_ = static_cast<int>(strip) * 8 + role.group_thread % kChunks;
-    copies_ = role.group_thread / kChunks < kGroups && chunk_ < params.n / 8;
+    copies_ = role.group_thread < kCopies && chunk_ < params.n / 8;
     tile_ = tile;
   }
 
@@ -33,7 +33,8 @@ class ScaleCopy {
                        const Role<kShape>& role) const {
     if (!copies_) return;
     const int group = role.group_thread / kChunks, chunk = role.group_thread % kChunks;
-    const int stages_per_group_log2 = params.group_rows == 2 * kStageRows ? 1 : 0;
+    const int stages_per_group_log2 = params.group_rows > kShape.depth ? 1 : 0;
+    static_assert(kShape.depth >= 64, "a group is at most two stages long");
     const int64_t row = (tile_ * kGroups + group) >> stages_per_group_log2;
     ptx::cp_async(&stage.scales[group][chunk / 8][chunk % 8],
                   static_cast<const Chunk*>(params.scales) + row * (params.n / 8) + chunk_,

@@ -10,12 +10,14 @@ namespace marlin {
 // Offsets count chunks.
 template <CtaShape kShape>
 class WeightCopy {
+  static constexpr int kTiles = Stage<kShape>::kTiles;
+
  public:
   // `strip`: the CTA's first 64-column strip; `tile`: the stage along k.
   __device__ void seek(const GemmParams& params, const Role<kShape>& role, int64_t strip,
                        int tile) {
     const int64_t column_strip = strip + role.column_warp;
-    const int64_t tile_row = int64_t{tile} * kStageTiles + role.row_warp;
+    const int64_t tile_row = int64_t{tile} * kTiles + role.row_warp;
     offset_ = static_cast<uint32_t>(tile_row * pitch(params) + column_strip * (kTileWords / 4) +
                                     role.lane);
     const bool inside = column_strip < params.n / kTileColumns;
@@ -26,16 +28,16 @@ class WeightCopy {
                        const Role<kShape>& role) const {
     const auto* words = reinterpret_cast<const Chunk*>(params.words);
 #pragma unroll
-    for (int i = 0; i < kStageTiles; i += kShape.row_warps)
+    for (int i = 0; i < kTiles; i += kShape.row_warps)
       ptx::cp_async(&stage.words[i + role.row_warp][role.column_warp][role.lane],
                     words + (offset_ + i * pitch(params)), i < tile_rows_left_);
   }
 
   // To this depth group's next stage of the slice.
   __device__ void advance(const GemmParams& params) {
-    constexpr int kTiles = kStageTiles * kShape.depth_groups;
-    offset_ += kTiles * pitch(params);
-    tile_rows_left_ -= kTiles;
+    constexpr int kAhead = kTiles * kShape.depth_groups;
+    offset_ += kAhead * pitch(params);
+    tile_rows_left_ -= kAhead;
   }
 
  private:

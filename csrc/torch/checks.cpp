@@ -141,8 +141,7 @@ Dtype scale_dtype(const Tensor& s) { return float_type(s).value(); }
 
 Dtype check_value_type(const char* op, const Tensor& s, std::optional<ScalarType> dtype) {
   const auto type = float_type(dtype.value_or(s.scalar_type()));
-  if (!type)
-    fail(op, "dtype", "Half, BFloat16 or Float", torch::headeronly::toString(*dtype));
+  if (!type) fail(op, "dtype", "Half, BFloat16 or Float", torch::headeronly::toString(*dtype));
   return *type;
 }
 

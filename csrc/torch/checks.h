@@ -37,8 +37,8 @@ struct Shape {
   int64_t groups;
 };
 
-Shape check_codes(const char* op, const Tensor& codes);  // uint8 (k, n)
-Shape check_words(const char* op, const Tensor& b);      // int32 (k / 16, 2 n)
+Shape check_codes(const char* op, const Tensor& codes);                     // uint8 (k, n)
+Shape check_words(const char* op, const Tensor& b);                         // int32 (k / 16, 2 n)
 Shape check_scales(const char* op, const char* argument, const Tensor& s);  // half (groups, n)
 Shape check_weight(const char* op, const Tensor& b, const Tensor& s);       // both, matching
 

@@ -93,8 +93,7 @@ Tensor float_view(const float* data, int64_t rows, int64_t columns, int64_t pitc
 void blas_multiply(const Tensor& x, const Tensor& w, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
                                     torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -116,9 +115,8 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
       const int64_t last_row = std::min(end * cpu::kPanelRows, k);
       for (int64_t row = begin * cpu::kPanelRows; row < last_row; row += cpu::kPanelRows)
         for (int64_t strip = 0; strip < columns / kTileColumns; ++strip)
-          kernels.dequantize(weight, row, std::min(row + cpu::kPanelRows, last_row),
-                             first + strip, w.get() + row * columns + strip * kTileColumns,
-                             columns);
+          kernels.dequantize(weight, row, std::min(row + cpu::kPanelRows, last_row), first + strip,
+                             w.get() + row * columns + strip * kTileColumns, columns);
     });
     blas_multiply(x_tensor, float_view(w.get(), k, columns, columns, a),
                   float_view(sums.get(), m, columns, columns, a));
@@ -211,7 +209,10 @@ Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dt
   const Dtype type = check_value_type("dequantize", s, dtype);
   Tensor values = empty_beside(b, {shape.k, shape.n}, scalar_type(type));
   const cpu::PackedWeight weight{static_cast<const uint32_t*>(b.const_data_ptr()),
-                                 s.const_data_ptr(), scale_dtype(s), shape.k, shape.n,
+                                 s.const_data_ptr(),
+                                 scale_dtype(s),
+                                 shape.k,
+                                 shape.n,
                                  shape.groups};
   auto* target = static_cast<char*>(values.mutable_data_ptr());
   const cpu::Kernels& kernels = *cpu::find_kernels("");
@@ -221,8 +222,9 @@ Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dt
       for (int64_t strip = 0; strip < shape.n / kTileColumns; ++strip) {
         kernels.dequantize(weight, row, row + kTileRows, strip, tile, kTileColumns);
         for (int64_t r = 0; r < kTileRows; ++r)
-          cpu::store_floats(tile + r * kTileColumns, kTileColumns, type,
-                            target + ((row + r) * shape.n + strip * kTileColumns) * size_bytes(type));
+          cpu::store_floats(
+              tile + r * kTileColumns, kTileColumns, type,
+              target + ((row + r) * shape.n + strip * kTileColumns) * size_bytes(type));
       }
     }
   });

@@ -5,11 +5,13 @@ STABLE_TORCH_LIBRARY(marlin, m) {
   // Y = a · W (+ bias). W is packed in b (format/weight_words.h) and s (format/scale_order.h).
   // `config` names a kernel configuration for tests; absent, the best for the problem is chosen.
   m.def("mul(Tensor a, Tensor b, Tensor s, Tensor? bias=None, str? config=None) -> Tensor");
-  m.def("mul.out(Tensor a, Tensor b, Tensor s, Tensor? bias=None, str? config=None, *, "
-        "Tensor(a!) out) -> ()");
+  m.def(
+      "mul.out(Tensor a, Tensor b, Tensor s, Tensor? bias=None, str? config=None, *, "
+      "Tensor(a!) out) -> ()");
   // The same without a registered gradient, which costs a call microseconds even where none is
   // needed: marlin.ops.matmul takes this one then.
-  m.def("mul_inference(Tensor a, Tensor b, Tensor s, Tensor? bias=None, str? config=None) -> Tensor");
+  m.def(
+      "mul_inference(Tensor a, Tensor b, Tensor s, Tensor? bias=None, str? config=None) -> Tensor");
 
   m.def("pack(Tensor codes) -> Tensor");
   m.def("unpack(Tensor b) -> Tensor");

@@ -15,7 +15,7 @@ def tile_count(config: str, m: int, n: int, k: int) -> tuple[int, int]:
     """(slices, tiles) of a problem under a configuration."""
     shape = host.kernel_shapes()[config]
     slices = -(-n // shape["columns"]) * max(1, -(-m // shape["rows"]))
-    return slices, slices * -(-k // 64)
+    return slices, slices * -(-k // shape["depth"])
 
 
 def guarded_multiply(a, weight, bias, config):
@@ -102,7 +102,7 @@ def test_refused_configurations():
     weight = random_weight(128, 64, 64, device="cuda")
     a = random_rows(4, 128, device="cuda")
     expected = ops.matmul(a, weight.b, weight.s)
-    for name in ("16x256x4@0", "16x256x4@3", "16x256x4@", "16x256x4@2x", "16x256", "", "@1"):
+    for name in ("16x256x64x4@0", "16x256x64x4@3", "16x256x64x4@", "16x256x64x4@2x", "16x256x64", "", "@1"):
         with pytest.raises(RuntimeError, match="config: expected one of"):
             ops.matmul(a, weight.b, weight.s, config=name)
         assert torch.equal(ops.matmul(a, weight.b, weight.s), expected)

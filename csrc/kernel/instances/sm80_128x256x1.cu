@@ -1,5 +1,0 @@
-#include "kernel/sm80_launch.cuh"
-
-namespace marlin {
-template cudaError_t launch_shape<sm80_index("128x256x1")>(const Sm80Params&, Dtype, ScaleSteps, cudaStream_t);
-}  // namespace marlin

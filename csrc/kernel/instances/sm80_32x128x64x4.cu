@@ -1,0 +1,5 @@
+#include "kernel/sm80_launch.cuh"
+
+namespace marlin {
+template cudaError_t launch_shape<sm80_index("32x128x64x4")>(const Sm80Params&, Dtype, int, cudaStream_t);
+}  // namespace marlin
