@@ -80,6 +80,14 @@ def load_tokenizer(source: str):
         tokenizer = AutoTokenizer.from_pretrained(**_location(source))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{source}: no tokenizer; {_first_line(error)}") from error
+    if "gguf_file" in _location(source):
+        # Of a GGUF file's special tokens, transformers gets the configuration's right but may
+        # give the tokenizer the begin token as its end token.
+        config = load_config(source)
+        for name in ("bos", "eos", "pad"):
+            token = getattr(config, f"{name}_token_id", None)
+            if isinstance(token, int):
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     return tokenizer
 
 

@@ -114,18 +114,21 @@ def record_calls(
     base = model.base_model
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in layers]
-    for sample in samples:
-        moved: dict[int, Tensor] = {}  # layers share masks and positions: move each of them once
-        with _short_circuit(layers) as recorded, contextlib.suppress(_Stop):
-            base(input_ids=sample.to(model.device))
-        if [index for index, *_ in recorded] != list(range(len(layers))):
-            raise ValueError(
-                f"model: expected {type(base).__name__} to run its {len(layers)} layers once each "
-                f"and in order, got {[index for index, *_ in recorded]}"
-            )
-        hidden.append(recorded[0][1].to(device))
-        for index, _, args, kwargs in recorded:
-            calls[index].append(Call(_to(args, device, moved), _to(kwargs, device, moved)))
+    with _short_circuit(layers) as recorded:
+        for sample in samples:
+            recorded.clear()
+            with contextlib.suppress(_Stop):
+                base(input_ids=sample.to(model.device))
+            order = [index for index, *_ in recorded]
+            if order != list(range(len(layers))):
+                raise ValueError(
+                    f"model: expected {type(base).__name__} to run its {len(layers)} layers once "
+                    f"each and in order, got {order}"
+                )
+            hidden.append(recorded[0][1].to(device))
+            moved: dict[int, Tensor] = {}  # layers share masks and positions: move each once
+            for index, _, args, kwargs in recorded:
+                calls[index].append(Call(_to(args, device, moved), _to(kwargs, device, moved)))
     return hidden, calls
 
 
@@ -137,21 +140,20 @@ class _Stop(Exception):
 def _short_circuit(layers: list[nn.Module]):
     """Let layers hand their input through and record (index, hidden, args, kwargs) of each call."""
     recorded: list[tuple[int, Tensor, tuple, dict]] = []
-    tail: tuple | None = None  # what a layer returns after the hidden states, if it is a tuple
+    wrap: Callable[[Tensor], Tensor | tuple] | None = None  # hidden states as layers return them
 
     def replace(index: int, layer: nn.Module) -> None:
         original = layer.forward
 
         def forward(*args, **kwargs):
-            nonlocal tail
-            if not recorded:  # only a real call shows whether the model expects a tuple
-                output = original(*args, **kwargs)
-                tail = output[1:] if isinstance(output, tuple) else None
+            nonlocal wrap
+            if wrap is None:  # only a real call, the very first, shows whether that is a tuple
+                wrap = _wrapper(original(*args, **kwargs))
             hidden, *args = args if args else (kwargs.pop("hidden_states"),)
             recorded.append((index, hidden, tuple(args), kwargs))
             if index + 1 == len(layers):
                 raise _Stop
-            return hidden if tail is None else (hidden, *tail)
+            return wrap(hidden)
 
         # An instance attribute shadows the method; models still find what they look up on a layer.
         layer.forward = forward
@@ -163,6 +165,13 @@ def _short_circuit(layers: list[nn.Module]):
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _wrapper(output: Tensor | tuple) -> Callable[[Tensor], Tensor | tuple]:
+    """A function that returns other hidden states in the form of a layer's ``output``."""
+    if isinstance(output, tuple):
+        return lambda hidden: (hidden, *output[1:])
+    return lambda hidden: hidden
 
 
 def _collect(

@@ -123,6 +123,7 @@ def test_packed_layers_compute_what_was_solved(work):
 
 
 def test_gguf_files(tmp_path):
+    pytest.importorskip("gguf")
     original = save_gguf(tmp_path / "tiny.gguf")
     arguments = ("--group-size", 32, "--nsamples", 4, "--seqlen", 48, "--device", "cpu")
     call("quantize", tmp_path / "tiny.gguf", "--out", tmp_path / "out", *arguments)
@@ -131,6 +132,11 @@ def test_gguf_files(tmp_path):
     assert config["quantization_config"]["quant_method"] == "marlin"
     name = "model.layers.1.self_attn.q_proj"
     weight = original.get_submodule(name).weight
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (again.bos_token_id, again.eos_token_id) == (1, 2)
+    assert again(TEXT, add_special_tokens=False).input_ids == (
+        tokenizer()(TEXT, add_special_tokens=False).input_ids
+    )
     error = model.get_submodule(name).dequantize() - weight
     assert error.norm() < 0.2 * weight.norm()  # the same weights, in the same order
 
