@@ -165,8 +165,11 @@ std::vector<std::vector<std::tuple<int64_t, int, int, int, int>>> partition(int6
   const Partition whole{slices, depth, runs};
   for (int run = 0; run < runs; ++run)
     for (SegmentWalk segment(whole, run); segment; segment.next())
-      result[run].emplace_back(segment->slice, segment->first, segment->last,
-                               segment->contributors, segment->order);
+      {
+        const Sharing sharing = whole.sharing(run, segment->slice);
+        result[run].emplace_back(segment->slice, segment->first, segment->last,
+                                 sharing.contributors, sharing.order);
+      }
   return result;
 }
 

@@ -18,17 +18,23 @@
 
 namespace marlin {
 
-// The part of a slice that one run covers.
+// The part of a slice that one run covers: tiles [first, last) of the slice.
 struct Segment {
-  int64_t slice;
-  int first;         // tiles [first, last) of the slice
-  int last;
+  int64_t slice = 0;
+  int first = 0;
+  int last = 0;
+
+  constexpr bool operator==(const Segment&) const = default;
+};
+
+// Who else works on the slice of a segment.
+struct Sharing {
   int contributors;  // runs that touch the slice
-  int order;         // this run's place among them; 0 owns the slice
+  int order;         // the run's place among them; 0 owns the slice
 
   constexpr bool owner() const { return order == 0; }
   constexpr bool shared() const { return contributors > 1; }
-  constexpr bool operator==(const Segment&) const = default;
+  constexpr bool operator==(const Sharing&) const = default;
 };
 
 struct Partition {
@@ -44,13 +50,9 @@ struct Partition {
     return static_cast<int>(((tile + 1) * runs - 1) / tiles());
   }
 
-  // The segment of `run` that starts at `tile`, which must lie in the run.
-  constexpr Segment segment_at(int run, int64_t tile) const {
-    const int64_t slice = tile / depth, begin = slice * depth;
-    const int64_t end = run_begin(run + 1) - begin;
-    const int head = run_of(begin);
-    return {slice, static_cast<int>(tile - begin), static_cast<int>(end < depth ? end : depth),
-            run_of(begin + depth - 1) - head + 1, run - head};
+  constexpr Sharing sharing(int run, int64_t slice) const {
+    const int head = run_of(slice * depth);
+    return {run_of(slice * depth + depth - 1) - head + 1, run - head};
   }
 
   constexpr bool operator==(const Partition&) const = default;
@@ -60,32 +62,31 @@ struct Partition {
 class SegmentWalk {
  public:
   constexpr SegmentWalk(const Partition& partition, int run)
-      : partition_(partition),
-        run_(run),
-        tile_(partition.run_begin(run)),
-        end_(partition.run_begin(run + 1)) {
-    seek();
+      : depth_(partition.depth), left_(0) {
+    const int64_t begin = partition.run_begin(run);
+    left_ = static_cast<int>(partition.run_begin(run + 1) - begin);
+    segment_.slice = begin / depth_;
+    segment_.first = static_cast<int>(begin % depth_);
+    segment_.last = end_of(segment_.first);
   }
 
-  constexpr explicit operator bool() const { return tile_ < end_; }
+  constexpr explicit operator bool() const { return left_ > 0; }
   constexpr const Segment& operator*() const { return segment_; }
   constexpr const Segment* operator->() const { return &segment_; }
 
   constexpr void next() {
-    tile_ += segment_.last - segment_.first;
-    seek();
+    left_ -= segment_.last - segment_.first;
+    segment_ = {segment_.slice + 1, 0, end_of(0)};
   }
 
  private:
-  constexpr void seek() {
-    if (tile_ < end_) segment_ = partition_.segment_at(run_, tile_);
+  constexpr int end_of(int first) const {
+    return left_ < depth_ - first ? first + left_ : depth_;
   }
 
-  Partition partition_;
-  int run_;
-  int64_t tile_;
-  int64_t end_;
-  Segment segment_{};
+  int depth_;
+  int left_;  // tiles of the run from this segment on
+  Segment segment_;
 };
 
 // Walks over the tiles of a run that belong to one of `groups` groups of warps, which take the
@@ -94,7 +95,7 @@ class TileWalk {
  public:
   constexpr TileWalk(const Partition& partition, int run, int group, int groups)
       : segments_(partition, run), group_(group), groups_(groups) {
-    if (segments_) tile_ = segments_->first + group_;
+    tile_ = segments_->first + group_;
     skip_finished_segments();
   }
 
@@ -114,7 +115,7 @@ class TileWalk {
   constexpr void skip_finished_segments() {
     while (segments_ && tile_ >= segments_->last) {
       segments_.next();
-      if (segments_) tile_ = segments_->first + group_;
+      tile_ = segments_->first + group_;
     }
   }
 

@@ -21,33 +21,31 @@ __device__ inline int run_of_block(const Partition& partition) {
 // For the threads of the first depth group. Returns whether the sums are complete here, that is,
 // whether this run owns the slice.
 template <CtaShape kShape>
-__device__ bool reduce_slice(Sums<kShape>& sums, const Role<kShape>& role, const Segment& segment,
+__device__ bool reduce_slice(Sums<kShape>& sums, const Role<kShape>& role, const Sharing& sharing,
                              int run, const Workspace& workspace) {
-  if (!segment.shared()) return true;
+  if (!sharing.shared()) return true;
   constexpr int kThreads = kShape.group_threads(), kPieces = Sums<kShape>::kPieces;
   auto* partials = static_cast<float4*>(workspace.partials);
-  uint32_t* counter = workspace.counters + (run - segment.order);
+  uint32_t* counter = workspace.counters + (run - sharing.order);
 
-  if (!segment.owner()) {
+  if (!sharing.owner()) {
     float4* mine = partials + int64_t{run} * kPieces * kThreads + role.group_thread;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) __stcg(mine + i * kThreads, sums.piece(i));
     role.group_barrier();
-    if (role.group_thread == 0) {
-      __threadfence();
-      ptx::add_release(counter, 1);
-    }
+    // The release covers what the barrier made this thread see: everybody's partial sums.
+    if (role.group_thread == 0) ptx::add_release(counter, 1);
     return false;
   }
 
   if (role.group_thread == 0) {
-    const auto others = static_cast<uint32_t>(segment.contributors - 1);
+    const auto others = static_cast<uint32_t>(sharing.contributors - 1);
     while (ptx::load_acquire(counter) != others) {
     }
     *counter = 0;
   }
   role.group_barrier();
-  for (int other = 1; other < segment.contributors; ++other) {
+  for (int other = 1; other < sharing.contributors; ++other) {
     const float4* theirs =
         partials + int64_t{run + other} * kPieces * kThreads + role.group_thread;
 #pragma unroll

@@ -28,8 +28,9 @@ struct Slice {
 
   __device__ Slice(int64_t slice, int row_tiles) {
     const auto index = static_cast<uint32_t>(slice), tiles = static_cast<uint32_t>(row_tiles);
-    strip = int64_t{index / tiles} * kShape.column_warps;
-    first_row = int64_t{index % tiles} * kShape.rows;
+    const uint32_t column = tiles == 1 ? index : index / tiles;
+    strip = int64_t{column} * kShape.column_warps;
+    first_row = int64_t{index - column * tiles} * kShape.rows;
   }
 };
 
@@ -131,11 +132,13 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
   const int run = run_of_block(params.partition);
   auto& ring = shared.stages[role.depth_group];
 
+  // The first copies leave before anything else is worked out.
   StageCopy<kShape, kGroups> copy(params, role, run);
   for (int i = 0; i + 1 < kShape.stages; ++i) copy.load_next(ring[i]);
   int slot = 0, free_slot = kShape.stages - 1;
 
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
+    const Sharing sharing = params.partition.sharing(run, segment->slice);
     Sums<kShape> sums;
     for (int tile = segment->first + role.depth_group; tile < segment->last;
          tile += kShape.depth_groups) {
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
     }
 
     reduce_groups(sums, role, shared.scratch.sums);
-    if (role.depth_group == 0 && reduce_slice(sums, role, *segment, run, params.workspace)) {
+    if (role.depth_group == 0 && reduce_slice(sums, role, sharing, run, params.workspace)) {
       const Slice<kShape> slice(segment->slice, params.row_tiles);
       store_rows<Half, kGroups == 0>(sums, role, params.gemm, slice.strip, slice.first_row,
                                shared.scratch.output);
