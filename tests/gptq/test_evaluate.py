@@ -1,6 +1,7 @@
 """Negative log-likelihood against a sum over single predictions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,22 @@ def test_stops_at_the_limit_at_a_windows_end():
     )
     assert result.windows == len(seen) == 2
     assert result.tokens == 30
+
+
+def test_tokens_put_before_a_text_are_not_predicted():
+    """Of a window <s> <mark> a b c, only a, b and c count."""
+    plain = tokenizer()
+
+    def marking(text, add_special_tokens=True, **options):
+        ids = plain(text, add_special_tokens=False).input_ids
+        return SimpleNamespace(input_ids=[1, 2, *ids] if add_special_tokens else ids)
+
+    text = TEXTS[1]
+    model, ids = build("llama"), plain(text, add_special_tokens=False).input_ids
+    result = evaluate.evaluate(model, marking, [text], seqlen=64)
+    assert result.windows == 1 and result.tokens == len(ids)
+    losses = evaluate.token_losses(model, torch.tensor([[1, 2, *ids]]))
+    assert result.nll == pytest.approx(losses[1:].detach().mean().item(), rel=1e-5)
 
 
 def test_an_encoder_is_refused():

@@ -65,7 +65,9 @@ def test_a_group_size_that_divides_no_k_says_which_would():
     assert "--group-size 32 takes every layer" in message
 
 
-def test_advice_is_good_for_every_layer():
+def test_advice_is_the_largest_size_that_every_layer_takes():
+    with pytest.raises(GroupSizeError, match="--group-size 64 takes"):
+        make_plan(llama(hidden_size=192, head_dim=48, intermediate_size=320), 128)
     # 192 would take 64 too, but the down projection's 160 would not.
     with pytest.raises(GroupSizeError, match="--group-size 32 takes"):
         make_plan(llama(hidden_size=192, head_dim=48), 128)
