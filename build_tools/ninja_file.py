@@ -45,7 +45,7 @@ def write_ninja_file(plan: BuildPlan, folder: Path) -> dict[str, Path]:
 
 
 def run_ninja(plan: BuildPlan, folder: Path) -> dict[str, Path]:
-    """Builds every library of the plan and leaves marlin/_build.json beside the sources."""
+    """Builds every library of the plan; returns each one's file by name."""
     folder.mkdir(parents=True, exist_ok=True)
     outputs = write_ninja_file(plan, folder)
     if plan.report["why_no_cuda"]:
@@ -56,5 +56,4 @@ def run_ninja(plan: BuildPlan, folder: Path) -> dict[str, Path]:
     result = subprocess.run(command, cwd=plan.root)
     if result.returncode:
         raise SystemExit("marlin: compiling failed; the compiler's message is above")
-    (plan.root / "marlin" / "_build.json").write_text(plan.report_text())
     return outputs

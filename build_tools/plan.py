@@ -10,6 +10,7 @@ Environment variables:
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -25,6 +26,12 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
              "-Wall", "-Wextra", "-Wno-psabi", "-Icsrc"]  # fmt: skip
+
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Icsrc", "--expt-relaxed-constexpr", "-lineinfo",
+              "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]  # fmt: skip
+
+USUAL_CUDA_HOME = Path("/usr/local/cuda")
+OLDEST_NVCC = (12, 4)
 
 # cpu/isa_NAME.cpp is compiled for NAME alone.
 ISA_FLAGS = {
@@ -62,43 +69,50 @@ class BuildPlan:
 
 def find_nvcc() -> str | None:
     """The CUDA compiler, from CUDA_HOME or PATH or the usual place."""
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    on_path = shutil.which("nvcc")
-    named = [p for p in places[:2] if p]
-    candidates = [str(Path(p) / "bin" / "nvcc") for p in named]
-    candidates += [on_path] if on_path else []
-    candidates += [str(Path(places[2]) / "bin" / "nvcc")]
-    return next((c for c in candidates if Path(c).exists()), None)
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [
+        *(Path(home) / "bin" / "nvcc" for home in named if home),
+        *(Path(found) for found in [shutil.which("nvcc")] if found),
+        USUAL_CUDA_HOME / "bin" / "nvcc",
+    ]
+    return next((str(c) for c in candidates if c.exists()), None)
 
 
-def nvcc_version(nvcc: str) -> tuple[int, int]:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    major, minor = text.split("release ")[1].split(",")[0].split(".")
-    return int(major), int(minor)
+def nvcc_version(nvcc: str) -> tuple[int, int] | None:
+    """None for something that does not answer as nvcc does."""
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def arch_flags(archs: str) -> list[str]:
     """nvcc flags for "8.0;9.0a;8.0+PTX": machine code for each, PTX where asked for."""
     flags = []
-    for arch in archs.replace(",", ";").split(";"):
-        number = arch.strip().removesuffix("+PTX").replace(".", "")
-        if not number:
-            continue
-        if not number.rstrip("af").isdigit():
+    for arch in archs.split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch.strip())
+        if not found:
             raise SystemExit(f"MARLIN_CUDA_ARCHS: expected e.g. '8.0;9.0a;8.0+PTX', got '{archs}'")
-        kind = "compute" if arch.strip().endswith("+PTX") else "sm"
+        number = found[1] + found[2]
+        kind = "compute" if found[3] else "sm"
         flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
     return flags
 
 
 def why_no_cuda(nvcc: str | None, torch_lib: Path) -> str | None:
     """The reason for which the CUDA library is not built, or None if it is."""
-    if os.environ.get("MARLIN_BUILD_CUDA") == "0":
+    wanted = os.environ.get("MARLIN_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"MARLIN_BUILD_CUDA: expected 0, 1 or nothing, got '{wanted}'")
+    if wanted == "0":
         return "MARLIN_BUILD_CUDA=0 was set when marlin was built"
     if nvcc is None:
         return "nvcc was not found (on PATH or under CUDA_HOME) when marlin was built"
-    if nvcc_version(nvcc) < (12, 4):
-        return f"nvcc {'.'.join(map(str, nvcc_version(nvcc)))} is too old: 12.4 or newer is needed"
+    version = nvcc_version(nvcc)
+    if version is None:
+        return f"{nvcc} --version failed"
+    if version < OLDEST_NVCC:
+        oldest = "{}.{}".format(*OLDEST_NVCC)
+        return "nvcc {}.{} is too old: {} or newer is needed".format(*version, oldest)
     if not (torch_lib / "libtorch_cuda.so").exists():
         return "the torch that marlin was built with has no CUDA (no libtorch_cuda.so)"
     return None
@@ -119,15 +133,15 @@ def plan_build(root: Path) -> BuildPlan:
     torch_flags = [
         f"-isystem{torch_root / 'include'}",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-        "-DUSE_CUDA",
     ]
+    link_torch = [f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
     border = ["csrc/torch/checks.cpp", "csrc/torch/tensors.cpp"]
     libraries = [
         Library(
             "_ops",
             ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", *border, *CPU_SOURCES],
             torch_flags,
-            [f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", "-lc10"],
+            link_torch,
         ),
         Library(
             "host",
@@ -141,19 +155,20 @@ def plan_build(root: Path) -> BuildPlan:
     report = {"cuda": missing is None, "why_no_cuda": missing, "torch": torch.__version__}
     if missing is None:
         cuda_home = Path(nvcc).resolve().parent.parent
-        kernels = sorted(str(p.relative_to(root)) for p in root.glob("csrc/**/*.cu"))
-        dispatch = [f"csrc/dispatch/{name}.cpp" for name in ("device", "launch", "select")]
+        found = [*root.glob("csrc/dispatch/*.cpp"), *root.glob("csrc/**/*.cu")]
+        sources = sorted(str(path.relative_to(root)) for path in found)
+        runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         libraries.append(
             Library(
                 "_ops_cuda",
-                ["csrc/torch/cuda_ops.cpp", *dispatch, *border, *kernels],
-                [*torch_flags, f"-isystem{cuda_home / 'include'}"],
-                [f"-L{torch_lib}", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10",
-                 f"-L{cuda_home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"],
-            )  # fmt: skip
+                ["csrc/torch/cuda_ops.cpp", *border, *sources],
+                [*torch_flags, "-DUSE_CUDA", f"-isystem{cuda_home / 'include'}"],
+                [*link_torch, "-ltorch_cuda", f"-L{cuda_home / 'lib64'}", *runtime],
+            )
         )
-        nvcc_flags = ["-std=c++20", "-O3", "-Icsrc", "--expt-relaxed-constexpr", "-lineinfo",
-                      "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--compress-mode=size",
-                      *arch_flags(archs)]  # fmt: skip
-        report |= {"nvcc": ".".join(map(str, nvcc_version(nvcc))), "archs": archs}
+        version = nvcc_version(nvcc)
+        nvcc_flags = NVCC_FLAGS + arch_flags(archs)
+        if version >= (12, 8):  # the first that knows it
+            nvcc_flags.append("--compress-mode=size")
+        report |= {"nvcc": "{}.{}".format(*version), "archs": archs}
     return BuildPlan(root, libraries, os.environ.get("CXX", "g++"), nvcc, nvcc_flags, report)

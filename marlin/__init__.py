@@ -1,7 +1,8 @@
 """Marlin: mixed-precision linear kernels for LLM inference.
 
-``matmul`` multiplies by a packed 4-bit weight; ``MarlinLinear`` is the layer around it; ``quantize``
-replaces a model's layers; ``save_pretrained`` and ``load_pretrained`` keep whole models on disk.
+``matmul`` multiplies by a packed 4-bit weight; ``MarlinLinear`` is the layer around it;
+``quantize`` replaces a model's layers; ``save_pretrained`` and ``load_pretrained`` keep whole
+models on disk.
 ``Layer``, ``mul`` and ``replace_linear`` are the names of the published package, as it had them.
 """
 

@@ -24,7 +24,13 @@ def _load(name: str) -> None:
             f"marlin: {path} is missing: the package was not built. Expected it after "
             "`pip install .` or `pip install --no-build-isolation -e .`"
         )
-    torch.ops.load_library(path)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"marlin: {path} does not load in torch {torch.__version__} (2.10 or newer is needed, "
+            f"or a new build): {error.__cause__ or error}"
+        ) from error
 
 
 def build_report() -> dict:
@@ -43,8 +49,8 @@ def _load_cuda() -> str | None:
         return build_report().get("why_no_cuda") or "this build has no CUDA library"
     try:
         _load("_ops_cuda")
-    except OSError as error:
-        return f"its CUDA library does not load: {error}"
+    except ImportError as error:
+        return str(error).removeprefix("marlin: ")
     return None
 
 
@@ -75,8 +81,10 @@ def _fake_mul(a, b, s, bias=None, config=None):
     torch._check(a.dim() > 0, lambda: "marlin::mul: a: expected (..., k), got a scalar")
     torch._check(
         a.shape[-1] == b.shape[0] * TILE_ROWS,
-        lambda: f"marlin::mul: a: expected (..., k) with k = 16 · {b.shape[0]} like b, "
-        f"got {tuple(a.shape)}",
+        lambda: (
+            f"marlin::mul: a: expected (..., k) with k = 16 · {b.shape[0]} like b, "
+            f"got {tuple(a.shape)}"
+        ),
     )
     return a.new_empty((*a.shape[:-1], b.shape[1] // 2))
 
@@ -120,7 +128,7 @@ def _fake_dequantize(b, s, dtype=None):
 
 
 def _save_for_backward(ctx, inputs, output):
-    a, b, s, bias, _config = inputs
+    _a, b, s, bias, _config = inputs
     ctx.save_for_backward(b, s)
     ctx.bias_dtype = bias.dtype if bias is not None and bias.requires_grad else None
 

@@ -19,7 +19,7 @@ class Weight:
 
     def values(self) -> Tensor:
         """The exact weight, float64 (k, n), computed without any code of ours."""
-        k, n = self.codes.shape
+        k = self.codes.shape[0]
         scales = self.scales.double().repeat_interleave(k // self.scales.shape[0], 0)
         return (self.codes.double() - 8) * scales
 
@@ -36,9 +36,7 @@ def random_weight(
     return Weight(codes, scales, ops.pack(codes), ops.pack_scales(scales))
 
 
-def random_rows(
-    m: int, k: int, *, dtype=torch.float16, device="cpu", seed=1, mean=0.0
-) -> Tensor:
+def random_rows(m: int, k: int, *, dtype=torch.float16, device="cpu", seed=1, mean=0.0) -> Tensor:
     """Activations (m, k): normal, around ``mean``."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(m, k, generator=generator) + mean).to(dtype).to(device)
@@ -64,8 +62,8 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 def check_product(y: Tensor, a: Tensor, weight_values: Tensor, bias: Tensor | None = None) -> None:
     """Asserts that y = a · W (+ bias) to the project's tolerance, against float64.
 
-    Every element: |error| ≤ 2 ulp(reference) + c · sqrt(Σ (a w)²). In the mean: |error| / |reference|
-    below the bound of y's type.
+    Every element: |error| ≤ 2 ulp(reference) + c · sqrt(Σ (a w)²). In the mean: |error| /
+    |reference| below the bound of y's type.
     """
     mean_bound, element_bound = TOLERANCE[y.dtype]
     a64 = a.double().flatten(0, -2)

@@ -1,8 +1,5 @@
 """Every violated precondition is one RuntimeError that names the argument and what came."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,7 +81,7 @@ def test_output_may_not_be_the_input(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_unknown_config(device):
     call = valid_call(device)
-    with pytest.raises(RuntimeError, match="config: expected.*got 'warp-drive'"):
+    with pytest.raises(RuntimeError, match=r"config: expected.*got 'warp-drive'"):
         ops.matmul(**call, config="warp-drive")
 
 
@@ -137,7 +134,7 @@ def test_format_operators(operator, argument, wrong):
 
 def test_dequantize_type():
     weight = random_weight(16, 64, -1)
-    with pytest.raises(RuntimeError, match="dtype: expected.*got Int"):
+    with pytest.raises(RuntimeError, match=r"dtype: expected.*got Int"):
         ops.dequantize(weight.b, weight.s, torch.int32)
 
 
@@ -162,16 +159,3 @@ def test_random_invalid_calls(data):
     else:
         assert y.shape == (*a.shape[:-1], b.shape[1] // 2)
         assert (y == 0).all()
-
-
-def test_missing_cuda_library_says_why(tmp_path):
-    """A build without CUDA refuses CUDA tensors with the reason (its operators are replaced)."""
-    script = (
-        "import marlin.ops as ops, torch\n"
-        "refuse = ops._refuse_cuda('mul')\n"
-        "ops._why_no_cuda = 'nvcc was not found'\n"
-        "try: refuse()\n"
-        "except RuntimeError as e: print(e)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "no CUDA operators: nvcc was not found" in done.stdout, done.stderr

@@ -1,0 +1,5 @@
+import sys
+
+from marlin.cli import main
+
+sys.exit(main())
