@@ -15,8 +15,8 @@
 #include "cpu/pack.h"
 #include "dispatch/select.h"
 #include "format/scale_order.h"
-#include "format/weight_words.h"
 #include "format/shared_memory.h"
+#include "format/weight_words.h"
 
 namespace py = pybind11;
 using namespace marlin;
@@ -118,8 +118,8 @@ py::array dequantize(const py::array& b, const py::array& s) {
   expect(s.shape(1) == weight.n && weight.k % groups == 0 && (weight.k / groups) % kTileRows == 0,
          "scales", "(groups, n) that match b", s);
   py::array_t<float> values({weight.k, weight.n});
-  const cpu::PackedWeight packed{static_cast<const uint32_t*>(b.data()), s.data(), Dtype::kF16,
-                                 weight.k, weight.n, groups};
+  const cpu::PackedWeight packed{
+      static_cast<const uint32_t*>(b.data()), s.data(), Dtype::kF16, weight.k, weight.n, groups};
   float* target = values.mutable_data();
   py::gil_scoped_release release;
   const cpu::Kernels& kernels = *cpu::find_kernels("");
@@ -154,8 +154,9 @@ py::dict kernel_shapes() {
 }
 
 std::string select_config(int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
-                   int shared_bytes) {
-  return config_name(select_sm80(make_problem(m, n, k, group_size), {8, 0, sm_count, shared_bytes}));
+                          int shared_bytes) {
+  return config_name(
+      select_sm80(make_problem(m, n, k, group_size), {8, 0, sm_count, shared_bytes}));
 }
 
 // (slice, first, last, contributors, order) of every segment of every run.
@@ -164,12 +165,11 @@ std::vector<std::vector<std::tuple<int64_t, int, int, int, int>>> partition(int6
   std::vector<std::vector<std::tuple<int64_t, int, int, int, int>>> result(runs);
   const Partition whole{slices, depth, runs};
   for (int run = 0; run < runs; ++run)
-    for (SegmentWalk segment(whole, run); segment; segment.next())
-      {
-        const Sharing sharing = whole.sharing(run, segment->slice);
-        result[run].emplace_back(segment->slice, segment->first, segment->last,
-                                 sharing.contributors, sharing.order);
-      }
+    for (SegmentWalk segment(whole, run); segment; segment.next()) {
+      const Sharing sharing = whole.sharing(run, segment->slice);
+      result[run].emplace_back(segment->slice, segment->first, segment->last, sharing.contributors,
+                               sharing.order);
+    }
   return result;
 }
 
@@ -185,15 +185,22 @@ PYBIND11_MODULE(host, m) {
         "float16 (groups, n) in Marlin's order -> in column order");
   m.def("dequantize", &dequantize, py::arg("b"), py::arg("s"),
         "words and float16 scales, both in Marlin's order -> float32 (k, n)");
-  m.def("cpu_kernels", [] {
-    std::vector<std::string> names;
-    for (const cpu::Kernels* kernels : cpu::available_kernels()) names.emplace_back(kernels->name);
-    return names;
-  }, "Names of the CPU kernels that this machine runs, fastest first.");
-  m.def("place_in_tile", [](int word, int nibble) {
-    const TilePlace place = place_in_tile(word, nibble);
-    return std::pair(place.row, place.column);
-  }, py::arg("word"), py::arg("nibble"), "(row, column) of a 16 x 64 tile's code.");
+  m.def(
+      "cpu_kernels",
+      [] {
+        std::vector<std::string> names;
+        for (const cpu::Kernels* kernels : cpu::available_kernels())
+          names.emplace_back(kernels->name);
+        return names;
+      },
+      "Names of the CPU kernels that this machine runs, fastest first.");
+  m.def(
+      "place_in_tile",
+      [](int word, int nibble) {
+        const TilePlace place = place_in_tile(word, nibble);
+        return std::pair(place.row, place.column);
+      },
+      py::arg("word"), py::arg("nibble"), "(row, column) of a 16 x 64 tile's code.");
   m.def("kernel_shapes", &kernel_shapes, "CTA shapes of the CUDA engine by name.");
   m.def("select", &select_config, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
         py::arg("sm_count"), py::arg("shared_bytes"),

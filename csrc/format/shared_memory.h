@@ -2,7 +2,6 @@
 // which shapes a GPU can run.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -19,45 +18,26 @@ struct alignas(16) Chunk {  // what one lane copies at once
 // `depth` rows of W, a strip of columns wide; the same columns of X; the scales of those rows.
 template <CtaShape kShape>
 struct Stage {
-  static constexpr int kTiles = kShape.depth / kTileRows;      // of W, along k
+  static constexpr int kTiles = kShape.depth / kTileRows;       // of W, along k
   static constexpr int kPanels = kShape.depth / kPanelColumns;  // of X
   static constexpr int kMaxGroups = kShape.depth / 32;
 
-  Chunk words[kTiles][kShape.column_warps][32];               // as they lie in memory, tile by tile
-  Chunk activations[kPanels][kShape.rows][kSwizzleChunks];    // chunks swizzled
-  Chunk scales[kMaxGroups][kShape.column_warps][8];           // 64 halves per column warp
-};
-
-// Part of the sums of one depth group, on their way to the first.
-template <CtaShape kShape>
-struct SumsScratch {
-  static constexpr int kAllPieces = kShape.rows_per_warp() / 2;  // per lane
-  static constexpr int kPieces = kShape.depth_groups == 1 ? 1 : std::min(kAllPieces, 8);
-  Chunk pieces[kPieces][kShape.group_threads()];
-};
-
-// Some finished rows of Y on their way to memory. A row is padded by one 16-byte chunk: rows two apart
-// then start 8 banks apart, so that the lanes of an accumulator (8 columns by 4 pairs of rows) write
-// without conflicts.
-template <CtaShape kShape>
-struct OutputScratch {
-  static constexpr int kRows = std::min(kShape.rows_per_warp(), 16);
-  alignas(16) uint16_t rows[kRows][kShape.columns() + 8];
+  Chunk words[kTiles][kShape.column_warps][32];             // as they lie in memory, tile by tile
+  Chunk activations[kPanels][kShape.rows][kSwizzleChunks];  // chunks swizzled
+  Chunk scales[kMaxGroups][kShape.column_warps][8];         // 64 halves per column warp
 };
 
 template <CtaShape kShape>
 struct SharedMemory {
   Stage<kShape> stages[kShape.depth_groups][kShape.stages];
-  union {
-    SumsScratch<kShape> sums;
-    OutputScratch<kShape> output;
-  } scratch;
+  int free_slots[kShape.depth_groups];  // each group's stage that the epilogue may use
 };
 
 // Bytes of shared memory per CTA, by shape.
 inline constexpr auto kSm80SharedBytes = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
   return std::array{sizeof(SharedMemory<kSm80Shapes[kIndex].shape>)...};
-}(std::make_index_sequence<kSm80Shapes.size()>{});
+}
+(std::make_index_sequence<kSm80Shapes.size()>{});
 
 // Bytes of partial sums that a run leaves for the owner of a shared slice.
 constexpr int64_t partial_bytes(const CtaShape& shape) {
