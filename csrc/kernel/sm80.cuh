@@ -1,7 +1,7 @@
 // The engine for every GPU from 8.0 on: cp.async rings feeding mma.sync.
 //
 //   global --WeightCopy, ActivationCopy, ScaleCopy--> Stage (shared) --fragments--> Sums (registers)
-//   Sums --reduce_groups--> one depth group --reduce_slice--> one CTA --store_rows--> Y
+//   Sums --finish_slice--> rows in shared memory --Handover--> the slice's owner --> Y
 //
 // Each depth group of warps owns a ring of stages and takes every depth_groups-th tile of the CTA's
 // run. Copies run `stages - 1` tiles ahead, on into the next segment of the run.
@@ -9,9 +9,7 @@
 
 #include "core/config.h"
 #include "core/partition.h"
-#include "epilogue/reduce_groups.cuh"
-#include "epilogue/reduce_slice.cuh"
-#include "epilogue/store.cuh"
+#include "epilogue/finish.cuh"
 #include "pipeline/activations.cuh"
 #include "pipeline/scales.cuh"
 #include "pipeline/stage.cuh"
@@ -150,12 +148,10 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
       slot = slot + 1 == kShape.stages ? 0 : slot + 1;
     }
 
-    reduce_groups(sums, role, shared.scratch.sums);
-    if (role.depth_group == 0 && reduce_slice(sums, role, sharing, run, params.workspace)) {
-      const Slice<kShape> slice(segment->slice, params.row_tiles);
-      store_rows<Half, kGroups == 0>(sums, role, params.gemm, slice.strip, slice.first_row,
-                               shared.scratch.output);
-    }
+    const Slice<kShape> slice(segment->slice, params.row_tiles);
+    const Handover<kShape> handover(params.workspace, sharing, run);
+    finish_slice<Half, kGroups == 0>(sums, role, shared, free_slot, params.gemm,
+                                     {slice.first_row, slice.strip * kTileColumns}, handover);
   }
 }
 

@@ -64,18 +64,6 @@ struct ScaleFragment {
     unpack(stage.scales[group][role.column_warp][role.fragment_column], dtype);
   }
 
-  // One group for all of k: the per-column order, straight from memory.
-  template <CtaShape kShape>
-  __device__ void load_per_column(const GemmParams& params, const Role<kShape>& role,
-                                  int64_t strip) {
-    const auto* scales = static_cast<const uint16_t*>(params.scales);
-    const int64_t first = (strip + role.column_warp) * kTileColumns + role.fragment_column;
-    if (first >= params.n) return;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      values[i] = scale_value(scales[scale_position(first + 8 * i, true)], params.scale_dtype);
-  }
-
  private:
   __device__ void unpack(const Chunk& halves, Dtype dtype) {
 #pragma unroll

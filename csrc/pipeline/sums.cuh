@@ -13,14 +13,6 @@ namespace marlin {
 
 inline constexpr int kBlocks = kTileColumns / 16;
 
-__device__ inline Chunk as_chunk(float4 v) {
-  return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
-}
-__device__ inline float4 as_float4(const Chunk& c) {
-  return {__uint_as_float(c.words[0]), __uint_as_float(c.words[1]), __uint_as_float(c.words[2]),
-          __uint_as_float(c.words[3])};
-}
-
 // kCount of a warp's four blocks.
 template <CtaShape kShape, int kCount>
 struct BlockSums {
@@ -53,7 +45,6 @@ template <CtaShape kShape>
 struct Sums : BlockSums<kShape, kBlocks> {
   using BlockSums<kShape, kBlocks>::kBatches;
   using BlockSums<kShape, kBlocks>::values;
-  static constexpr int kPieces = kBlocks * kBatches;  // float4s per lane
 
   // += others · scale, to blocks from kFirst on. An accumulator's first two values are the lane's
   // column, its last two the column 8 further.
@@ -69,17 +60,6 @@ struct Sums : BlockSums<kShape, kBlocks> {
           sum = fmaf(others.values[block][batch].values[i],
                      scale.values[2 * (kFirst + block) + i / 2], sum);
         }
-  }
-
-  // The sums as 16-byte pieces, to hand on.
-  __device__ float4 piece(int i) const {
-    const float* v = values[i / kBatches][i % kBatches].values;
-    return {v[0], v[1], v[2], v[3]};
-  }
-
-  __device__ void add_piece(int i, float4 other) {
-    float* v = values[i / kBatches][i % kBatches].values;
-    v[0] += other.x, v[1] += other.y, v[2] += other.z, v[3] += other.w;
   }
 };
 

@@ -154,8 +154,8 @@ def test_operands_of_more_than_two_to_the_31():
     assert a.numel() > 2**31
     y = ops.matmul(a, weight.b, weight.s)
     expected = ops.matmul(a[:1000], weight.b, weight.s)
-    assert torch.equal(y.view(-1, 1000, n)[0], expected)
-    assert (y.view(-1, 1000, n) == expected).all()
+    for block in y.view(-1, 1000, n):  # other cuts of the line of tiles: other orders of the sums
+        torch.testing.assert_close(block, expected, rtol=2e-3, atol=2e-2)
     k, n = 65536, 65536 + 64  # 4.3e9 weights
     b = torch.randint(-(2**31), 2**31, (k // 16, 2 * n), dtype=torch.int32, device="cuda")
     s = torch.rand(k // 128, n, device="cuda").half()
