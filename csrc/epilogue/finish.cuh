@@ -1,7 +1,7 @@
 // From the sums of all warps to a finished slice of Y, by all threads of the CTA:
 //
 //   registers --lay out--> rows in shared memory, one copy per depth group
-//   --add the copies, a thread eight columns--> --hand over, or scale and add the bias--> Y
+//   --add the copies, four columns a thread--> --hand over, or scale and add the bias--> Y
 //
 // The copies lie in the stage that each depth group has just used up, so the copies of the next slice
 // go on meanwhile. Where a stage is too small for all rows, they take turns.
@@ -39,30 +39,31 @@ struct RowTile {
                   source.values[block][first_batch + batch].values[i];
   }
 
-  __device__ void add_to(float (&total)[8], int row, int column) const {
-    const auto* pieces = reinterpret_cast<const float4*>(&sums[row][column]);
-    const float4 low = pieces[0], high = pieces[1];
-    total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
-    total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
+  __device__ float4 at(int row, int column) const {
+    return *reinterpret_cast<const float4*>(&sums[row][column]);
   }
 };
 
-// Eight finished columns of one row: the per-column scale, the bias, one rounding.
+__device__ inline float4 operator+(float4 a, float4 b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+// Four finished columns of one row: the per-column scale, the bias, one rounding.
 template <typename Half, bool kPerColumn>
-__device__ void store_eight(const GemmParams& params, int64_t row, int64_t column,
-                            const float (&sums)[8]) {
-  uint32_t pairs[4];
+__device__ void store_four(const GemmParams& params, int64_t row, int64_t column, float4 sums) {
+  float values[4] = {sums.x, sums.y, sums.z, sums.w};
+  uint32_t bits[4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float value = sums[i];
+  for (int i = 0; i < 4; ++i) {
     if constexpr (kPerColumn)
-      value *= load_element(params.scales, params.scale_dtype, scale_position(column + i, true));
-    if (params.bias != nullptr) value += load_element(params.bias, params.bias_dtype, column + i);
-    const uint32_t bits = half_bits<Half>(value);
-    pairs[i / 2] = i % 2 == 0 ? bits : pairs[i / 2] | bits << 16;
+      values[i] *=
+          load_element(params.scales, params.scale_dtype, scale_position(column + i, true));
+    if (params.bias != nullptr)
+      values[i] += load_element(params.bias, params.bias_dtype, column + i);
+    bits[i] = half_bits<Half>(values[i]);
   }
   auto* y = static_cast<uint16_t*>(params.y) + row * params.n + column;
-  *reinterpret_cast<uint4*>(y) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  *reinterpret_cast<uint2*>(y) = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
 }
 
 // The first column and row of Y in a slice.
@@ -71,48 +72,108 @@ struct SliceOrigin {
   int64_t column;
 };
 
+// The rows of a tile, laid out by all depth groups, that this thread brings to an end.
+template <typename Half, bool kPerColumn, CtaShape kShape>
+class RowFinisher {
+  static constexpr int kQuads = kShape.columns() / 4;  // of columns, per row
+  static constexpr int kStep = kShape.threads() / kQuads;
+  static constexpr int kPerThread = RowTile<kShape>::kRows / kStep;
+  static constexpr int kAtOnce = kPerThread < 4 ? kPerThread : 4;  // loads in flight
+  static_assert(kStep * kQuads == kShape.threads() && kPerThread % kAtOnce == 0);
+
+ public:
+  __device__ RowFinisher(const GemmParams& params, const SliceOrigin& origin)
+      : params_(params), origin_(origin) {}
+
+  // `copies`: the tile of each depth group; `first`: its first row in the slice.
+  __device__ void finish(const RowTile<kShape>* const (&copies)[kShape.depth_groups], int first,
+                         const Handover<kShape>& handover) const {
+#pragma unroll
+    for (int start = 0; start < kPerThread; start += kAtOnce) {
+      float4 sums[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        sums[i] = copies[0]->at(row_of(start + i), column());
+#pragma unroll
+        for (int group = 1; group < kShape.depth_groups; ++group)
+          sums[i] = sums[i] + copies[group]->at(row_of(start + i), column());
+      }
+      if (handover.owner())
+        add_others_and_store(sums, first, start, handover);
+      else
+        give(sums, first, start, handover);
+    }
+  }
+
+ private:
+  __device__ int column() const { return threadIdx.x % kQuads * 4; }
+  __device__ int row_of(int i) const { return threadIdx.x / kQuads + i * kStep; }
+  __device__ bool valid(int row) const {
+    return origin_.row + row < params_.m && origin_.column + column() < params_.n;
+  }
+
+  __device__ void give(const float4 (&sums)[kAtOnce], int first, int start,
+                       const Handover<kShape>& handover) const {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first + row_of(start + i);
+      if (valid(row)) handover.give(row, column(), sums[i]);
+    }
+  }
+
+  __device__ void add_others_and_store(float4 (&sums)[kAtOnce], int first, int start,
+                                       const Handover<kShape>& handover) const {
+    for (int other = 1; other <= handover.others(); ++other) {
+      float4 theirs[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = first + row_of(start + i);
+        theirs[i] = valid(row) ? handover.take(other, row, column()) : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sums[i] = sums[i] + theirs[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first + row_of(start + i);
+      if (valid(row))
+        store_four<Half, kPerColumn>(params_, origin_.row + row, origin_.column + column(),
+                                     sums[i]);
+    }
+  }
+
+  const GemmParams& params_;
+  SliceOrigin origin_;
+};
+
 template <typename Half, bool kPerColumn, CtaShape kShape>
 __device__ void finish_slice(const Sums<kShape>& sums, const Role<kShape>& role,
                              SharedMemory<kShape>& shared, int free_slot,
                              const GemmParams& params, const SliceOrigin& origin,
                              const Handover<kShape>& handover) {
   constexpr int kRows = RowTile<kShape>::kRows;
-  constexpr int kChunks = kShape.columns() / 8;
-  auto tile_of = [&](int group, int slot) -> RowTile<kShape>& {
-    return reinterpret_cast<RowTile<kShape>&>(shared.stages[group][slot]);
+  const RowFinisher<Half, kPerColumn, kShape> finisher(params, origin);
+  auto tile_of = [&](int group, int slot) {
+    return reinterpret_cast<RowTile<kShape>*>(&shared.stages[group][slot]);
   };
-  const int64_t rows_left = params.m - origin.row;
-  const int rows = static_cast<int>(rows_left < kShape.rows ? rows_left : kShape.rows);
 
   role.group_barrier();  // the group's warps have used up the stage
   if (role.group_thread == 0) shared.free_slots[role.depth_group] = free_slot;
-  if (handover.owner()) handover.await_others();
-
 #pragma unroll
   for (int first = 0; first < kShape.rows; first += kRows) {
-    if (first >= rows) break;
+    if (origin.row + first >= params.m) break;
     if (first > 0) __syncthreads();  // the rows before are done with
     if (role.row_warp == first / kShape.rows_per_warp())
       tile_of(role.depth_group, free_slot)
-          .lay_out(sums, role, first % kShape.rows_per_warp() / 8);
+          ->lay_out(sums, role, first % kShape.rows_per_warp() / 8);
+    if (first == 0 && threadIdx.x == 0 && handover.owner()) handover.await_others();
     __syncthreads();
 
-    const int count = min(kRows, rows - first) * kChunks;
-    for (int i = threadIdx.x; i < count; i += kShape.threads()) {
-      const int row = i / kChunks, column = i % kChunks * 8;
-      if (origin.column + column >= params.n) continue;
-      float total[8] = {};
+    const RowTile<kShape>* copies[kShape.depth_groups];
 #pragma unroll
-      for (int group = 0; group < kShape.depth_groups; ++group)
-        tile_of(group, shared.free_slots[group]).add_to(total, row, column);
-      if (handover.owner()) {
-        handover.add_others(first + row, column, total);
-        store_eight<Half, kPerColumn>(params, origin.row + first + row, origin.column + column,
-                                      total);
-      } else {
-        handover.give(first + row, column, total);
-      }
-    }
+    for (int group = 0; group < kShape.depth_groups; ++group)
+      copies[group] = tile_of(group, shared.free_slots[group]);
+    finisher.finish(copies, first, handover);
   }
   if (!handover.owner()) handover.count_myself();
   __syncthreads();  // the stages may be filled again

@@ -28,16 +28,15 @@ class Handover {
 
   __device__ bool owner() const { return sharing_.owner(); }
 
-  // Of the owner, for the whole CTA: all others have counted themselves.
+  // Of the owner, by one thread before a barrier of the CTA: all others have counted themselves.
   __device__ void await_others() const {
     if (!sharing_.shared()) return;
-    if (threadIdx.x == 0) {
-      while (ptx::load_acquire(counter_) != static_cast<uint32_t>(sharing_.contributors - 1)) {
-      }
-      *counter_ = 0;
+    while (ptx::load_acquire(counter_) != static_cast<uint32_t>(sharing_.contributors - 1)) {
     }
-    __syncthreads();
+    *counter_ = 0;
   }
+
+  __device__ int others() const { return sharing_.contributors - 1; }
 
   // Of the others, for the whole CTA: what they gave is all there is. The release covers what the
   // barrier made its thread see, everybody's writes.
@@ -46,27 +45,20 @@ class Handover {
     if (threadIdx.x == 0) ptx::add_release(counter_, 1);
   }
 
-  // Eight neighbouring sums of a row of the slice.
-  __device__ void give(int row, int column, const float (&sums)[8]) const {
-    float* place = partials_ + row * kShape.columns() + column;
-    __stcg(reinterpret_cast<float4*>(place), {sums[0], sums[1], sums[2], sums[3]});
-    __stcg(reinterpret_cast<float4*>(place + 4), {sums[4], sums[5], sums[6], sums[7]});
+  // Four neighbouring sums of a row of the slice.
+  __device__ void give(int row, int column, float4 sums) const {
+    __stcg(reinterpret_cast<float4*>(place(0, row, column)), sums);
   }
-
-  __device__ void add_others(int row, int column, float (&sums)[8]) const {
-    const float* place = partials_ + row * kShape.columns() + column;
-#pragma unroll 3
-    for (int other = 1; other < sharing_.contributors; ++other) {
-      const float* theirs = place + int64_t{other} * kElements;
-      const float4 low = __ldcg(reinterpret_cast<const float4*>(theirs));
-      const float4 high = __ldcg(reinterpret_cast<const float4*>(theirs + 4));
-      sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
-      sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
-    }
+  __device__ float4 take(int other, int row, int column) const {
+    return __ldcg(reinterpret_cast<const float4*>(place(other, row, column)));
   }
 
  private:
   static constexpr int64_t kElements = kShape.rows * kShape.columns();
+
+  __device__ float* place(int other, int row, int column) const {
+    return partials_ + other * kElements + row * kShape.columns() + column;
+  }
 
   float* partials_;  // of this run
   uint32_t* counter_;
