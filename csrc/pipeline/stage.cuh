@@ -1,6 +1,8 @@
 // A thread's place in its CTA.
 #pragma once
 
+#include <type_traits>
+
 #include "core/gemm.h"
 #include "format/shared_memory.h"
 #include "ptx/barrier.cuh"
@@ -23,8 +25,16 @@ struct Role {
   __device__ Role() {}
 
   // Waits for the threads of this depth group.
-  __device__ void group_barrier() const {
-    ptx::barrier_sync(1 + depth_group, kShape.group_threads());
+  __device__ void group_barrier() const { barrier_of_group(std::integral_constant<int, 0>{}); }
+
+ private:
+  template <int kGroup>
+  __device__ void barrier_of_group(std::integral_constant<int, kGroup>) const {
+    if (depth_group == kGroup) {
+      ptx::barrier_sync<1 + kGroup, kShape.group_threads()>();
+    } else if constexpr (kGroup + 1 < kShape.depth_groups) {
+      barrier_of_group(std::integral_constant<int, kGroup + 1>{});
+    }
   }
 };
 

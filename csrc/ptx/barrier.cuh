@@ -6,9 +6,11 @@
 
 namespace marlin::ptx {
 
-// Waits for `threads` threads at the barrier `id` (0 is __syncthreads').
-__device__ inline void barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Waits for kThreads threads at the barrier kId (0 is __syncthreads'). Both are constants: with an
+// identifier from a register the compiler reserves all 16, and racecheck loses track.
+template <int kId, int kThreads>
+__device__ inline void barrier_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
 // Adds to a counter after everything this thread has seen is visible on the device.

@@ -48,7 +48,7 @@ FloatRows float_rows(const MulCall& call) {
   return {std::move(rows), data, p.k};
 }
 
-// Writes `width` finished sums of one row of Y, starting at `column`.
+// Y, to which finished sums are written row by row.
 class OutputRows {
  public:
   OutputRows(const MulCall& call, void* y) : problem_(call.problem), y_(static_cast<char*>(y)) {
@@ -57,11 +57,18 @@ class OutputRows {
     cpu::load_floats(call.bias, problem_.n, call.bias_dtype, bias_.get());
   }
 
+  // Y itself where it is FP32, so that sums can be made in place; else nullptr.
+  float* floats() const {
+    return problem_.activation == Dtype::kF32 ? reinterpret_cast<float*>(y_) : nullptr;
+  }
+
+  // Writes `width` sums (changed on the way) of one row, starting at `column`.
   void store(int64_t row, int64_t column, float* sums, int64_t width) const {
     if (bias_)
       for (int64_t i = 0; i < width; ++i) sums[i] += bias_[column + i];
-    const int64_t offset = (row * problem_.n + column) * size_bytes(problem_.activation);
-    cpu::store_floats(sums, width, problem_.activation, y_ + offset);
+    char* target = y_ + (row * problem_.n + column) * size_bytes(problem_.activation);
+    if (target != reinterpret_cast<char*>(sums))
+      cpu::store_floats(sums, width, problem_.activation, target);
   }
 
  private:
@@ -103,9 +110,10 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
   const int64_t m = call.problem.m, k = weight.k;
   const int64_t strips = weight.n / kTileColumns;
   const int64_t strip_bytes = k * kTileColumns * static_cast<int64_t>(sizeof(float));
-  const int64_t slice_strips = std::clamp<int64_t>(kSliceBytes / strip_bytes, 1, strips);
+  const int64_t slice_strips = std::clamp<int64_t>((getenv("SLICE") ? atoll(getenv("SLICE"))<<20 : kSliceBytes) / strip_bytes, 1, strips);
   const int64_t width = slice_strips * kTileColumns;
-  std::unique_ptr<float[]> w(new float[k * width]), sums(new float[m * width]);
+  std::unique_ptr<float[]> w(new float[k * width]);
+  std::unique_ptr<float[]> scratch(y.floats() ? nullptr : new float[m * width]);
   const Tensor x_tensor = float_view(x.data, m, k, x.pitch, a);
 
   for (int64_t first = 0; first < strips; first += slice_strips) {
@@ -118,11 +126,15 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
           kernels.dequantize(weight, row, std::min(row + cpu::kPanelRows, last_row), first + strip,
                              w.get() + row * columns + strip * kTileColumns, columns);
     });
+    const int64_t column = first * kTileColumns;
+    float* sums = scratch ? scratch.get() : y.floats() + column;
+    const int64_t pitch = scratch ? columns : weight.n;
     blas_multiply(x_tensor, float_view(w.get(), k, columns, columns, a),
-                  float_view(sums.get(), m, columns, columns, a));
+                  float_view(sums, m, columns, pitch, a));
+    if (!scratch && call.bias == nullptr) continue;
     parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        y.store(row, first * kTileColumns, sums.get() + row * columns, columns);
+        y.store(row, column, sums + row * pitch, columns);
     });
   }
 }
