@@ -16,11 +16,15 @@ namespace {
 using torch::stable::parallel_for;
 
 // Above this many rows, dequantizing column slices for the BLAS wins over our own inner loop: on a
-// 2-core Sapphire Rapids, k = n = 4096, ours / MKL's GFLOP/s: 336 / 313 at m = 128, 309 / 399 at 512.
-constexpr int64_t kMaxDirectRows = 128;
+// 2-core Sapphire Rapids, k = n = 4096, ours / MKL's GFLOP/s: 336 / 313 at m = 128, 309 / 399 at
+// 512; with its dequantizing, MKL's way takes as long as ours near 384, and longer while others use
+// the machine, since it waits for the slowest thread more often.
+constexpr int64_t kMaxDirectRows = 256;
 
-// Bytes of dequantized FP32 weight per slice: of the order of a core's share of the last cache.
-constexpr int64_t kSliceBytes = int64_t{16} << 20;
+// Bytes of dequantized FP32 weight per slice. On that machine 16 MB (1024 columns) are too narrow for
+// the BLAS, 7 % slower than all columns at m = 2048; with 32 MB there is no difference, and at
+// m = 512 they are still 5 to 10 % faster than all columns, which leave the cache.
+constexpr int64_t kSliceBytes = int64_t{32} << 20;
 
 cpu::PackedWeight packed_weight(const MulCall& call) {
   const Problem& p = call.problem;
@@ -110,7 +114,7 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
   const int64_t m = call.problem.m, k = weight.k;
   const int64_t strips = weight.n / kTileColumns;
   const int64_t strip_bytes = k * kTileColumns * static_cast<int64_t>(sizeof(float));
-  const int64_t slice_strips = std::clamp<int64_t>((getenv("SLICE") ? atoll(getenv("SLICE"))<<20 : kSliceBytes) / strip_bytes, 1, strips);
+  const int64_t slice_strips = std::clamp<int64_t>(kSliceBytes / strip_bytes, 1, strips);
   const int64_t width = slice_strips * kTileColumns;
   std::unique_ptr<float[]> w(new float[k * width]);
   std::unique_ptr<float[]> scratch(y.floats() ? nullptr : new float[m * width]);
@@ -133,8 +137,7 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
                   float_view(sums, m, columns, pitch, a));
     if (!scratch && call.bias == nullptr) continue;
     parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        y.store(row, column, sums + row * pitch, columns);
+      for (int64_t row = begin; row < end; ++row) y.store(row, column, sums + row * pitch, columns);
     });
   }
 }

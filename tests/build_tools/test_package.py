@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 """
-LEFT_OUT = ("build", "out", "plots", "*.egg-info", "*.so", "_build.json", "__pycache__")
+LEFT_OUT = ("out", "*.egg-info", "*.so", "_build.json", "__pycache__")
 EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -109,7 +109,16 @@ def test_source_distribution(tree, tmp_path, environment):
         files = {name.partition("/")[2] for name in archive.getnames()}
     needed = {
         str(path.relative_to(tree))
-        for folder in ("csrc", "build_tools", "marlin", "gptq", "requirements", "tests", "bench")
+        for folder in (
+            "csrc",
+            "build_tools",
+            "marlin",
+            "gptq",
+            "requirements",
+            "tests",
+            "bench",
+            "demo",
+        )
         for path in (tree / folder).rglob("*")
         if path.is_file() and path.suffix not in (".so", ".pyc") and path.name != "_build.json"
     }

@@ -61,7 +61,7 @@ def test_model_shapes(device, k, n):
 def test_bias(device, bias_dtype):
     weight = random_weight(128, 192, 64, device=device)
     bias = torch.randn(192).to(bias_dtype).to(device)
-    for m in (0, 1, 20, 200):
+    for m in (0, 1, 20, 300):
         a = random_rows(m, 128, device=device)
         check_product(ops.matmul(a, weight.b, weight.s, bias), a, weight.values(), bias)
 
@@ -69,11 +69,23 @@ def test_bias(device, bias_dtype):
 @pytest.mark.parametrize("config", host.cpu_kernels())
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_every_instruction_set(config, dtype):
-    """Rows 1 to 13 reach every inner loop of cpu/kernels.inl; 128 and 129 its two ways."""
+    """Rows 1 to 13 reach every inner loop of cpu/kernels.inl; 256 and 257 its two ways."""
     weight = random_weight(192, 128, 32)
-    for m in (*range(1, 14), 128, 129):
+    for m in (*range(1, 14), 256, 257):
         a = random_rows(m, 192, dtype=dtype)
         check_product(ops.matmul(a, weight.b, weight.s, config=config), a, weight.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_many_rows_and_slices(dtype):
+    """So wide that the CPU hands the BLAS two slices of columns, the second narrower."""
+    k, n = 8192, 1088
+    weight = random_weight(k, n, 128)
+    bias = torch.randn(n)
+    a = random_rows(257, k, dtype=dtype)
+    values = weight.values()
+    check_product(ops.matmul(a, weight.b, weight.s), a, values)
+    check_product(ops.matmul(a, weight.b, weight.s, bias), a, values, bias)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -164,7 +176,7 @@ def test_random_problems(device, data):
     unit = 16 if group_size == -1 else group_size
     k = unit * data.draw(st.integers(1, 512 // unit), label="k units")
     n = 64 * data.draw(st.integers(1, 8), label="n / 64")
-    m = data.draw(st.integers(0, 140), label="m")
+    m = data.draw(st.integers(0, 300), label="m")
     dtype = data.draw(st.sampled_from(HALVES), label="dtype")
     scale_dtype = data.draw(st.sampled_from(HALVES), label="scale dtype")
     seed = data.draw(st.integers(0, 2**31), label="seed")
