@@ -1,0 +1,80 @@
+"""What the README tells people to type works."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import marlin
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch):
+    """Holds the checkpoint that the examples speak of, of a model that fits a test."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).half()
+    marlin.quantize(model)
+    marlin.save_pretrained(model, tmp_path / "llama-4bit")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_examples_run(number, working_folder):
+    names = {}
+    exec(blocks("python")[number], names)
+    for name in ("y", "C"):
+        if name in names:
+            assert torch.isfinite(names[name]).all()
+
+
+def test_there_are_examples():
+    assert len(blocks("python")) == 5
+    assert len(blocks("sh")) == 3
+
+
+def test_commands_exist():
+    commands = "\n".join(blocks("sh"))
+    for target in re.findall(r"^make (\w+)", commands, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for module, command in re.findall(r"python -m (\w+) (\w+)", commands):
+        run = subprocess.run(
+            [sys.executable, "-m", module, command, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        line = next(line for line in commands.splitlines() if f"-m {module} {command}" in line)
+        for option in re.findall(r"--[\w-]+", line):
+            assert option in run.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "csrc/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_map_names_every_room():
+    rooms = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    text = (ROOT / "csrc" / "README.md").read_text()
+    assert {room for room in rooms if f"`{room}/`" not in text} == set()
+    for room, first in re.findall(r"^\| `(\w+)/` \| `([\w.]+)` \|", text, re.MULTILINE):
+        assert (ROOT / "csrc" / room / first).exists(), f"{room}/{first}"
