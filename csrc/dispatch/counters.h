@@ -1,9 +1,8 @@
-// Counters for the reduction between CTAs: device memory that is zero whenever no kernel uses it.
+// Counters for the handover between CTAs: device memory that is zero whenever no kernel uses it.
 //
 // Launches that may run at the same time must not share counters. Those on one stream cannot overlap,
-// so each stream has a slice of its own; but two graphs captured on one stream may replay at the
-// same time, so each capture has one, too. Slices are never given back: kernels leave them zero, a
-// slice costs 2 KB of a static array, and a stream or graph that outlives its slice would be wrong.
+// so each stream has a slice of its own, for ever. But two graphs captured on one stream may replay at
+// the same time, so each capture has one, too, and gives it back when its graph is destroyed.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,8 +13,8 @@ namespace marlin {
 
 inline constexpr int kMaxSharedRuns = 512;  // counters of a slice
 
-// The slice for a launch on this stream now, or nullptr if none is left (or on a CUDA error, in
-// `error`); then only partitions without shared slices may run.
+// The slice for a launch on this stream now. nullptr if none is left, with cudaSuccess in `error`: then
+// only partitions without shared slices may run.
 uint32_t* counters_for(int device, cudaStream_t stream, cudaError_t& error);
 
 }  // namespace marlin

@@ -1,24 +1,78 @@
 #include "dispatch/select.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
+#include <limits>
 
-#include "format/weight_words.h"
 #include "format/shared_memory.h"
+#include "format/weight_words.h"
 
 namespace marlin {
 namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+
+// A row holds for batches and weights up to these sizes that no row above it holds for. Its shapes are
+// in order of preference: the first that fits the GPU's shared memory is taken. What follows each row
+// is why it is there: us on an H200, group 128, FP16, 2026-11-21 (bench/LOG.md says how measured).
+struct Row {
+  int64_t rows;     // m
+  int64_t weights;  // k · n
+  std::array<std::string_view, 3> shapes;
+};
+
+constexpr std::array kTable{
+    Row{8, 24 << 20, {"8x128x64x4"}},  // 4096x4096: 7.7, next best 8.2
+    Row{8, kAny, {"8x256x128x4", "8x256x64x4", "8x128x64x4"}},  // 8192x8192: 14.2, next 14.9
+    Row{16, 17 << 20, {"16x128x64x4", "16x256x64x2"}},  // 4096x4096: 9.4, next 9.7
+    Row{16, kAny, {"16x256x128x4", "16x256x64x4", "16x256x64x2"}},  // 8192x8192: 16.0, next 17.8
+    Row{32, 60 << 20, {"32x128x64x4", "32x256x64x2"}},  // 11008x4096: 17.5, next 18.3
+    Row{32, kAny, {"32x256x128x2", "32x256x64x2"}},     // 8192x10240: 25.2, next 26.5
+    Row{64, 90 << 20, {"32x256x128x2", "32x256x64x2"}},  // 8192x8192: 33.8; 64x256x128x2: 36.3
+};
+
+// Beyond the table, tiles of 128 rows win where they fill the GPU and few of their rows are empty
+// (8192x28672, m = 512: 343.6 against 355.7), of 64 rows elsewhere (4096x6144, m = 512: 84 against 87).
+constexpr std::array<std::string_view, 2> kTallShapes{"128x256x128x1", "128x256x64x1"};
+constexpr std::array<std::string_view, 3> kLowShapes{"64x256x128x2", "64x256x64x2",
+                                                     "64x128x64x2"};
 
 bool fits(size_t shape, const Device& device) {
   return static_cast<int64_t>(kSm80SharedBytes[shape]) <= device.shared_bytes_per_block;
 }
 
-// One CTA per SM, each with an equal share.
-int default_runs(const Problem& problem, size_t shape, const Device& device) {
-  const int64_t tiles = partition_of(problem, {shape, 1}).tiles();
-  return static_cast<int>(std::clamp<int64_t>(tiles, 1, device.sm_count));
+template <size_t kCount>
+size_t first_that_fits(const std::array<std::string_view, kCount>& shapes, const Device& device) {
+  for (std::string_view name : shapes)
+    if (const size_t shape = sm80_index(name); shape < kSm80Shapes.size() && fits(shape, device))
+      return shape;
+  return sm80_index("16x256x64x2");  // the smallest of all
+}
+
+size_t select_shape(const Problem& problem, const Device& device) {
+  for (const Row& row : kTable)
+    if (problem.m <= row.rows && problem.k * problem.n <= row.weights)
+      return first_that_fits(row.shapes, device);
+  const int64_t tall_tiles = ceil_div(problem.m, 128);
+  const bool fills = tall_tiles * ceil_div(problem.n, 256) * 100 >= int64_t{device.sm_count} * 84;
+  const bool few_empty_rows = tall_tiles * 128 * 100 <= problem.m * 115;
+  return fills && few_empty_rows ? first_that_fits(kTallShapes, device)
+                                 : first_that_fits(kLowShapes, device);
+}
+
+// One CTA per SM with an equal share of the tiles; or each slice cut evenly, where that leaves at most
+// a sixth of the SMs idle: runs then never end inside a slice (8192x8192, m = 1: 14.2 us with 128
+// runs, 14.9 with 132).
+int select_runs(const Problem& problem, size_t shape, const Device& device) {
+  const Partition whole = partition_of(problem, {shape, 1});
+  if (whole.slices <= device.sm_count) {
+    const int64_t even = device.sm_count / whole.slices * whole.slices;
+    if (even * 100 >= int64_t{device.sm_count} * 84 && even <= whole.tiles())
+      return static_cast<int>(even);
+  }
+  return static_cast<int>(std::min<int64_t>(whole.tiles(), device.sm_count));
 }
 
 }  // namespace
@@ -34,13 +88,8 @@ Partition partition_of(const Problem& problem, const KernelConfig& config) {
 }
 
 KernelConfig select_sm80(const Problem& problem, const Device& device) {
-  const std::string_view wanted = problem.m <= 8    ? "8x256x64x4"
-                                  : problem.m <= 16 ? "16x256x64x4"
-                                  : problem.m <= 32 ? "32x256x64x2"
-                                                    : "64x256x64x2";
-  size_t shape = sm80_index(wanted);
-  if (!fits(shape, device)) shape = sm80_index("16x256x64x2");
-  return {shape, default_runs(problem, shape, device)};
+  const size_t shape = select_shape(problem, device);
+  return {shape, select_runs(problem, shape, device)};
 }
 
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
@@ -48,15 +97,14 @@ std::optional<KernelConfig> parse_config(std::string_view name, const Problem& p
   const size_t at = name.find('@');
   const size_t shape = sm80_index(name.substr(0, at));
   if (shape == kSm80Shapes.size() || !fits(shape, device)) return std::nullopt;
-  KernelConfig config{shape, default_runs(problem, shape, device)};
+  KernelConfig config{shape, select_runs(problem, shape, device)};
   if (at == std::string_view::npos) return config;
   const std::string_view digits = name.substr(at + 1);
   const auto [end, error] =
       std::from_chars(digits.data(), digits.data() + digits.size(), config.runs);
+  const bool number = error == std::errc{} && end == digits.data() + digits.size();
   const int64_t tiles = partition_of(problem, {shape, 1}).tiles();
-  if (error != std::errc{} || end != digits.data() + digits.size() || config.runs < 1 ||
-      config.runs > tiles)
-    return std::nullopt;
+  if (!number || config.runs < 1 || config.runs > tiles) return std::nullopt;
   return config;
 }
 

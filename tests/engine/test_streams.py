@@ -164,3 +164,23 @@ def test_operands_of_more_than_two_to_the_31():
     tail = b.view(k // 16, n // 64, 128)[:, -1].contiguous()
     expected = ops.matmul(a, tail, s[:, -64:].contiguous(), config="reference")
     torch.testing.assert_close(y[:, -64:].float(), expected.float(), rtol=2e-3, atol=0.5)
+
+
+def test_graphs_give_their_counters_back():
+    """More captures than there are slices of counters: each is right, so slices come back."""
+    weight = random_weight(2048, 64, 128, device="cuda")
+    a = random_rows(4, 2048, device="cuda")
+    config = "8x128x64x4@8"
+    expected = ops.matmul(a, weight.b, weight.s, config=config)
+    unshared = ops.matmul(a, weight.b, weight.s, config="8x128x64x4@1")
+    assert not torch.equal(expected, unshared)  # tells the fallback, which sums in another order
+    stream = torch.cuda.Stream()
+    for _ in range(5000):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # torch.cuda.graph would empty the allocator's cache
+            graph.capture_begin()
+            y = ops.matmul(a, weight.b, weight.s, config=config)
+            graph.capture_end()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
