@@ -22,8 +22,7 @@ using torch::stable::parallel_for;
 constexpr int64_t kMaxDirectRows = 256;
 
 // Bytes of dequantized FP32 weight per slice. On that machine 16 MB (1024 columns) are too narrow for
-// the BLAS, 7 % slower than all columns at m = 2048; with 32 MB there is no difference, and at
-// m = 512 they are still 5 to 10 % faster than all columns, which leave the cache.
+// the BLAS, 7 % slower than all columns at m = 2048; with 32 MB there is no difference.
 constexpr int64_t kSliceBytes = int64_t{32} << 20;
 
 cpu::PackedWeight packed_weight(const MulCall& call) {
@@ -108,6 +107,26 @@ void blas_multiply(const Tensor& x, const Tensor& w, const Tensor& out) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// W[:, first_strip .. first_strip + strips) as `dtype` to `target`, rows `pitch` elements apart. By way
+// of a tile in L1, since a tile's rows at a pitch of whole pages fall into the same cache sets.
+void dequantize_strips(const cpu::Kernels& kernels, const cpu::PackedWeight& weight,
+                       int64_t first_strip, int64_t strips, Dtype dtype, void* target,
+                       int64_t pitch) {
+  parallel_for(0, weight.k / kTileRows, 1, [&](int64_t first, int64_t last) {
+    float tile[kTileRows * kTileColumns];
+    for (int64_t row = first * kTileRows; row < last * kTileRows; row += kTileRows) {
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        kernels.dequantize(weight, row, row + kTileRows, first_strip + strip, tile, kTileColumns);
+        for (int64_t r = 0; r < kTileRows; ++r) {
+          const int64_t element = (row + r) * pitch + strip * kTileColumns;
+          cpu::store_floats(tile + r * kTileColumns, kTileColumns, dtype,
+                            static_cast<char*>(target) + element * size_bytes(dtype));
+        }
+      }
+    }
+  });
+}
+
 void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulCall& call,
                         const FloatRows& x, const OutputRows& y) {
   const cpu::PackedWeight weight = packed_weight(call);
@@ -122,14 +141,8 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
 
   for (int64_t first = 0; first < strips; first += slice_strips) {
     const int64_t columns = std::min(slice_strips, strips - first) * kTileColumns;
-    const int64_t panels = (k + cpu::kPanelRows - 1) / cpu::kPanelRows;
-    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      const int64_t last_row = std::min(end * cpu::kPanelRows, k);
-      for (int64_t row = begin * cpu::kPanelRows; row < last_row; row += cpu::kPanelRows)
-        for (int64_t strip = 0; strip < columns / kTileColumns; ++strip)
-          kernels.dequantize(weight, row, std::min(row + cpu::kPanelRows, last_row), first + strip,
-                             w.get() + row * columns + strip * kTileColumns, columns);
-    });
+    dequantize_strips(kernels, weight, first, columns / kTileColumns, Dtype::kF32, w.get(),
+                      columns);
     const int64_t column = first * kTileColumns;
     float* sums = scratch ? scratch.get() : y.floats() + column;
     const int64_t pitch = scratch ? columns : weight.n;
@@ -229,20 +242,8 @@ Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dt
                                  shape.k,
                                  shape.n,
                                  shape.groups};
-  auto* target = static_cast<char*>(values.mutable_data_ptr());
-  const cpu::Kernels& kernels = *cpu::find_kernels("");
-  parallel_for(0, shape.k / kTileRows, 1, [&](int64_t first, int64_t last) {
-    float tile[kTileRows * kTileColumns];
-    for (int64_t row = first * kTileRows; row < last * kTileRows; row += kTileRows) {
-      for (int64_t strip = 0; strip < shape.n / kTileColumns; ++strip) {
-        kernels.dequantize(weight, row, row + kTileRows, strip, tile, kTileColumns);
-        for (int64_t r = 0; r < kTileRows; ++r)
-          cpu::store_floats(
-              tile + r * kTileColumns, kTileColumns, type,
-              target + ((row + r) * shape.n + strip * kTileColumns) * size_bytes(type));
-      }
-    }
-  });
+  dequantize_strips(*cpu::find_kernels(""), weight, 0, shape.n / kTileColumns, type,
+                    values.mutable_data_ptr(), shape.n);
   return values;
 }
 
