@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gptq import export
 from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, make_plan
+from marlin.checkpoint import FORMAT_VERSION
 
 from .cache import ROOT, cached, fingerprint
 
@@ -69,7 +70,8 @@ def quantize(settings: Settings, method: str) -> tuple[dict, bool]:
         "model": identity(settings.model),
         "arguments": [str(argument) for argument in arguments],
         "device": settings.device,
-        "code": fingerprint("gptq", "marlin"),
+        # Not marlin's code: what its kernels compute has no part in the codes that are stored.
+        "code": [fingerprint("gptq"), FORMAT_VERSION],
     }
     return cached(folder, key, make)
 
