@@ -3,10 +3,15 @@
 Small shapes, since the sanitizer slows kernels down a hundredfold; results are checked as well.
 """
 
+import itertools
+
 import torch
 
-from marlin import ops
+from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
+
+
+CONFIGS = [None, "reference", *host.kernel_shapes()]
 
 
 def sweep() -> int:
@@ -20,9 +25,10 @@ def sweep() -> int:
             assert torch.equal(ops.unpack_scales(weight.s), weight.scales)
             assert torch.equal(ops.dequantize(weight.b, weight.s, torch.float32), values.float())
             bias = torch.randn(n, device="cuda").to(dtype)
-            for m in (1, 7, 16, 33, 65, 130):
+            for m, config in itertools.product((1, 33, 130), CONFIGS):
                 a = random_rows(m, k, dtype=dtype, device="cuda")
-                check_product(ops.matmul(a, weight.b, weight.s, bias), a, values, bias)
+                y = ops.matmul(a, weight.b, weight.s, bias, config)
+                check_product(y, a, values, bias)
                 problems += 1
     torch.cuda.synchronize()
     return problems

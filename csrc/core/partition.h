@@ -61,8 +61,7 @@ struct Partition {
 // Walks over the segments of a run:  for (SegmentWalk walk(p, run); walk; walk.next()) *walk ...
 class SegmentWalk {
  public:
-  constexpr SegmentWalk(const Partition& partition, int run)
-      : depth_(partition.depth), left_(0) {
+  constexpr SegmentWalk(const Partition& partition, int run) : depth_(partition.depth), left_(0) {
     const int64_t begin = partition.run_begin(run);
     left_ = static_cast<int>(partition.run_begin(run + 1) - begin);
     segment_.slice = begin / depth_;
@@ -80,9 +79,7 @@ class SegmentWalk {
   }
 
  private:
-  constexpr int end_of(int first) const {
-    return left_ < depth_ - first ? first + left_ : depth_;
-  }
+  constexpr int end_of(int first) const { return left_ < depth_ - first ? first + left_ : depth_; }
 
   int depth_;
   int left_;  // tiles of the run from this segment on

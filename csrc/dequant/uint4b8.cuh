@@ -36,10 +36,10 @@ __device__ inline ptx::FragmentA dequantize(uint32_t word);
 
 template <>
 __device__ inline ptx::FragmentA dequantize<__half>(uint32_t word) {
-  constexpr uint32_t kExponent = 0x64006400;                 // 1024
-  const auto offset = as_pair<__half2>(0x64086408);          // 1032
-  const auto sixteenth = as_pair<__half2>(0x2c002c00);       // 1 / 16
-  const auto scaled_offset = as_pair<__half2>(0xd480d480);   // -72
+  constexpr uint32_t kExponent = 0x64006400;                // 1024
+  const auto offset = as_pair<__half2>(0x64086408);         // 1032
+  const auto sixteenth = as_pair<__half2>(0x2c002c00);      // 1 / 16
+  const auto scaled_offset = as_pair<__half2>(0xd480d480);  // -72
   const auto low = [&](uint32_t bits) {
     return as_bits(__hsub2(as_pair<__half2>(ptx::and_or<kLowNibbles, kExponent>(bits)), offset));
   };
@@ -53,10 +53,11 @@ __device__ inline ptx::FragmentA dequantize<__half>(uint32_t word) {
 
 template <>
 __device__ inline ptx::FragmentA dequantize<__nv_bfloat16>(uint32_t word) {
-  constexpr uint32_t kExponent = 0x43004300;                 // 128
-  const auto offset = as_pair<__nv_bfloat162>(0x43084308);   // 136
+  constexpr uint32_t kExponent = 0x43004300;                // 128
+  const auto offset = as_pair<__nv_bfloat162>(0x43084308);  // 136
   const auto low = [&](uint32_t bits) {
-    return as_bits(__hsub2(as_pair<__nv_bfloat162>(ptx::and_or<kLowNibbles, kExponent>(bits)), offset));
+    return as_bits(
+        __hsub2(as_pair<__nv_bfloat162>(ptx::and_or<kLowNibbles, kExponent>(bits)), offset));
   };
   return {{low(word), low(word >> 8), low(word >> 4), low(word >> 12)}};
 }

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "dispatch/select.h"
-#include "kernel/sm80_launch.h"
 #include "format/shared_memory.h"
+#include "kernel/sm80_launch.h"
 
 namespace marlin {
 namespace {
@@ -15,15 +15,15 @@ using LaunchShape = cudaError_t (*)(const Sm80Params&, Dtype, int, cudaStream_t)
 
 constexpr auto kLaunchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
   return std::array<LaunchShape, sizeof...(kIndex)>{&launch_shape<kIndex>...};
-}(std::make_index_sequence<kSm80Shapes.size()>{});
+}
+(std::make_index_sequence<kSm80Shapes.size()>{});
 
 }  // namespace
 
 int64_t partials_bytes(const Problem& problem, const KernelConfig& config) {
   const Partition partition = partition_of(problem, config);
-  return shares_slices(partition)
-             ? partition.runs * partial_bytes(kSm80Shapes[config.shape].shape)
-             : 0;
+  return shares_slices(partition) ? partition.runs * partial_bytes(kSm80Shapes[config.shape].shape)
+                                  : 0;
 }
 
 cudaError_t launch_sm80(const GemmParams& gemm, const Problem& problem, const KernelConfig& config,

@@ -20,7 +20,7 @@ struct RowTile {
   static constexpr int kPitch = kShape.columns() + 4;
   static constexpr int rows_that_fit(int rows) {
     return rows * kPitch * 4 <= static_cast<int>(sizeof(Stage<kShape>)) ? rows
-                                                                       : rows_that_fit(rows / 2);
+                                                                        : rows_that_fit(rows / 2);
   }
   static constexpr int kRows = rows_that_fit(kShape.rows_per_warp());
   static_assert(kRows >= 8, "a batch of rows fits a stage");
@@ -98,10 +98,8 @@ class RowFinisher {
         for (int group = 1; group < kShape.depth_groups; ++group)
           sums[i] = sums[i] + copies[group]->at(row_of(start + i), column());
       }
-      if (handover.owner())
-        add_others_and_store(sums, first, start, handover);
-      else
-        give(sums, first, start, handover);
+      if (handover.owner()) add_others_and_store(sums, first, start, handover);
+      else give(sums, first, start, handover);
     }
   }
 
@@ -148,9 +146,8 @@ class RowFinisher {
 
 template <typename Half, bool kPerColumn, CtaShape kShape>
 __device__ void finish_slice(const Sums<kShape>& sums, const Role<kShape>& role,
-                             SharedMemory<kShape>& shared, int free_slot,
-                             const GemmParams& params, const SliceOrigin& origin,
-                             const Handover<kShape>& handover) {
+                             SharedMemory<kShape>& shared, int free_slot, const GemmParams& params,
+                             const SliceOrigin& origin, const Handover<kShape>& handover) {
   constexpr int kRows = RowTile<kShape>::kRows;
   const RowFinisher<Half, kPerColumn, kShape> finisher(params, origin);
   auto tile_of = [&](int group, int slot) {
@@ -164,8 +161,7 @@ __device__ void finish_slice(const Sums<kShape>& sums, const Role<kShape>& role,
     if (origin.row + first >= params.m) break;
     if (first > 0) __syncthreads();  // the rows before are done with
     if (role.row_warp == first / kShape.rows_per_warp())
-      tile_of(role.depth_group, free_slot)
-          ->lay_out(sums, role, first % kShape.rows_per_warp() / 8);
+      tile_of(role.depth_group, free_slot)->lay_out(sums, role, first % kShape.rows_per_warp() / 8);
     if (first == 0 && threadIdx.x == 0 && handover.owner()) handover.await_others();
     __syncthreads();
 

@@ -2,8 +2,8 @@
 // through shared memory so that both sides of the permutation are read and written in whole rows.
 #include "format/scale_order.h"
 #include "format/weight_words.h"
-#include "pipeline/elements.cuh"
 #include "kernel/launch.h"
+#include "pipeline/elements.cuh"
 
 namespace marlin {
 namespace {
@@ -64,8 +64,7 @@ __global__ void dequantize_kernel(const DequantizeParams params) {
   for (int i = 0; i < kChunk; ++i) {
     const int column = tile.chunk_column + i;
     const int code = static_cast<int>(code_at(tile_words, tile.chunk_row, column)) - kCodeZero;
-    const int64_t position =
-        scale_position(tile.strip * kTileColumns + column, params.groups == 1);
+    const int64_t position = scale_position(tile.strip * kTileColumns + column, params.groups == 1);
     const float scale =
         load_element(params.scales, params.scale_dtype, group * params.n + position);
     store_element(params.values, params.value_dtype, tile.element(params.n) + i,
@@ -73,15 +72,13 @@ __global__ void dequantize_kernel(const DequantizeParams params) {
   }
 }
 
-__global__ void reorder_scales_kernel(const uint16_t* source, int64_t n, bool per_column,
-                                      bool pack, uint16_t* target) {
+__global__ void reorder_scales_kernel(const uint16_t* source, int64_t n, bool per_column, bool pack,
+                                      uint16_t* target) {
   const int64_t column = int64_t{blockIdx.y} * kTileColumns + threadIdx.x;
   const int64_t row = int64_t{blockIdx.x} * n;
   const int64_t position = scale_position(column, per_column);
-  if (pack)
-    target[row + position] = source[row + column];
-  else
-    target[row + column] = source[row + position];
+  if (pack) target[row + position] = source[row + column];
+  else target[row + column] = source[row + position];
 }
 
 dim3 tile_grid(int64_t k, int64_t n) {

@@ -11,8 +11,7 @@ namespace marlin {
 
 // The simple kernel: plain loads and mma.sync, for any GPU from 8.0 on. The reference that faster
 // kernels are tested against on the device.
-cudaError_t launch_reference(const GemmParams& params, const Problem& problem,
-                             cudaStream_t stream);
+cudaError_t launch_reference(const GemmParams& params, const Problem& problem, cudaStream_t stream);
 
 // codes (k, n) bytes <-> words. Packing keeps the low four bits of each code.
 cudaError_t launch_pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words,

@@ -6,8 +6,8 @@
 #include "dequant/uint4b8.cuh"
 #include "format/scale_order.h"
 #include "format/weight_words.h"
-#include "pipeline/elements.cuh"
 #include "kernel/launch.h"
+#include "pipeline/elements.cuh"
 #include "ptx/mma.cuh"
 
 namespace marlin {
@@ -34,7 +34,8 @@ __device__ ptx::FragmentB load_x(const GemmParams& params, int64_t row, int64_t 
 }
 
 template <typename Half>
-__global__ void __launch_bounds__(32 * kWarps) reference_kernel(const GemmParams p, bool per_column) {
+__global__ void __launch_bounds__(32 * kWarps)
+    reference_kernel(const GemmParams p, bool per_column) {
   const Lane lane;
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
   const int64_t strip = blockIdx.y;
@@ -49,8 +50,8 @@ __global__ void __launch_bounds__(32 * kWarps) reference_kernel(const GemmParams
 
     ptx::FragmentB x[kBatches];
     for (int batch = 0; batch < kBatches; ++batch)
-      x[batch] = load_x<Half>(p, first_row + 8 * batch + lane.group,
-                              tile * kTileRows + 2 * lane.pair);
+      x[batch] =
+          load_x<Half>(p, first_row + 8 * batch + lane.group, tile * kTileRows + 2 * lane.pair);
 
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
@@ -58,9 +59,8 @@ __global__ void __launch_bounds__(32 * kWarps) reference_kernel(const GemmParams
       const int64_t column = first_column + 16 * block + lane.group;
       float scale[2];
       for (int half = 0; half < 2; ++half)
-        scale[half] =
-            load_element(p.scales, p.scale_dtype,
-                         scale_row + scale_position(column + 8 * half, per_column));
+        scale[half] = load_element(p.scales, p.scale_dtype,
+                                   scale_row + scale_position(column + 8 * half, per_column));
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         ptx::Accumulator product = {};
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(32 * kWarps) reference_kernel(const GemmParams
     const int64_t row = first_row + i / kTileColumns, column = first_column + i % kTileColumns;
     if (row >= p.m) break;
     float sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp][i / kTileColumns][i % kTileColumns];
+    for (int warp = 0; warp < kWarps; ++warp)
+      sum += shared[warp][i / kTileColumns][i % kTileColumns];
     if (p.bias != nullptr) sum += load_element(p.bias, p.bias_dtype, column);
     static_cast<uint16_t*>(p.y)[row * p.n + column] = half_bits<Half>(sum);
   }

@@ -48,10 +48,8 @@ class StageCopy {
       weights_.load(stage, params_.gemm, role_);
       activations_.load(stage, params_.gemm, role_);
       if constexpr (kGroups > 0) scales_.load(stage, params_.gemm, role_);
-      if (walk_.next())
-        advance();
-      else if (walk_)
-        seek();
+      if (walk_.next()) advance();
+      else if (walk_) seek();
     }
     ptx::cp_async_commit();
   }
@@ -61,8 +59,7 @@ class StageCopy {
     const Slice<kShape> slice(walk_.slice(), params_.row_tiles);
     weights_.seek(params_.gemm, role_, slice.strip, walk_.tile());
     activations_.seek(params_.gemm, role_, slice.first_row, walk_.tile());
-    if constexpr (kGroups > 0)
-      scales_.seek(params_.gemm, role_, slice.strip, walk_.tile());
+    if constexpr (kGroups > 0) scales_.seek(params_.gemm, role_, slice.strip, walk_.tile());
   }
 
   __device__ void advance() {
@@ -138,10 +135,11 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
     const Sharing sharing = params.partition.sharing(run, segment->slice);
     Sums<kShape> sums;
-    for (int tile = segment->first + role.depth_group; tile < segment->last;
-         tile += kShape.depth_groups) {
+    // All depth groups take as many turns, the last ones perhaps idle: racecheck counts barriers.
+    for (int tile = segment->first; tile < segment->last; tile += kShape.depth_groups) {
       ptx::cp_async_wait<kShape.stages - 2>();
       role.group_barrier();
+      if (tile + role.depth_group >= segment->last) continue;
       copy.load_next(ring[free_slot]);
       multiply_stage<Half, kGroups>(ring[slot], role, params.gemm.scale_dtype, sums);
       free_slot = slot;

@@ -17,8 +17,7 @@ namespace {
 // Makes a tensor's device current for the scope and knows the stream to launch on.
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& tensor)
-      : index_(tensor.get_device_index()), guard_(index_) {
+  explicit DeviceScope(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
 
@@ -33,7 +32,8 @@ class DeviceScope {
 
 void check_launch(const char* op, cudaError_t error) {
   if (error != cudaSuccess)
-    fail(op, "launch", "a kernel that starts", join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
+    fail(op, "launch", "a kernel that starts",
+         join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
 }
 
 void check_device(const char* op, int index) {
@@ -45,8 +45,8 @@ void check_device(const char* op, int index) {
 
 GemmParams gemm_params(const MulCall& call, void* y) {
   const Problem& p = call.problem;
-  return {call.x, call.x_pitch, call.words,     call.scales, call.bias,      y,
-          p.m,    p.n,          p.k,            p.group_size(), p.scale, call.bias_dtype};
+  return {call.x, call.x_pitch, call.words, call.scales,    call.bias, y,
+          p.m,    p.n,          p.k,        p.group_size(), p.scale,   call.bias_dtype};
 }
 
 KernelConfig find_config(const char* op, const Problem& problem, const Device& gpu,
@@ -55,7 +55,9 @@ KernelConfig find_config(const char* op, const Problem& problem, const Device& g
   if (const auto config = parse_config(*name, problem, gpu)) return *config;
   std::string names = "reference";
   for (const NamedShape& shape : kSm80Shapes) names += join(", ", shape.name);
-  fail(op, "config", "one of " + names + " that fits the GPU, or one with '@' and 1 to as many runs as it has tiles",
+  fail(op, "config",
+       "one of " + names +
+           " that fits the GPU, or one with '@' and 1 to as many runs as it has tiles",
        "'" + *name + "'");
 }
 
@@ -76,8 +78,8 @@ void launch_engine(const char* op, const DeviceScope& scope, const Tensor& a, co
       workspace.partials = partials->mutable_data_ptr();
     }
   }
-  check_launch(op, launch_sm80(gemm_params(call, y), call.problem, config, workspace,
-                               scope.stream()));
+  check_launch(op,
+               launch_sm80(gemm_params(call, y), call.problem, config, workspace, scope.stream()));
 }
 
 void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
@@ -89,7 +91,8 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
     check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
     return;
   }
-  launch_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config), y);
+  launch_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config),
+                y);
 }
 
 Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
@@ -113,9 +116,9 @@ Tensor pack(const Tensor& codes) {
   const Shape shape = check_codes("pack", codes);
   const DeviceScope scope(codes);
   Tensor b = empty_beside(codes, {shape.k / kTileRows, 2 * shape.n}, ScalarType::Int);
-  check_launch("pack", launch_pack(static_cast<const uint8_t*>(codes.const_data_ptr()), shape.k,
-                                   shape.n, static_cast<uint32_t*>(b.mutable_data_ptr()),
-                                   scope.stream()));
+  check_launch("pack",
+               launch_pack(static_cast<const uint8_t*>(codes.const_data_ptr()), shape.k, shape.n,
+                           static_cast<uint32_t*>(b.mutable_data_ptr()), scope.stream()));
   return b;
 }
 
@@ -123,9 +126,9 @@ Tensor unpack(const Tensor& b) {
   const Shape shape = check_words("unpack", b);
   const DeviceScope scope(b);
   Tensor codes = empty_beside(b, {shape.k, shape.n}, ScalarType::Byte);
-  check_launch("unpack", launch_unpack(static_cast<const uint32_t*>(b.const_data_ptr()), shape.k,
-                                       shape.n, static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                                       scope.stream()));
+  check_launch("unpack",
+               launch_unpack(static_cast<const uint32_t*>(b.const_data_ptr()), shape.k, shape.n,
+                             static_cast<uint8_t*>(codes.mutable_data_ptr()), scope.stream()));
   return codes;
 }
 
@@ -133,10 +136,9 @@ Tensor reorder_scales(const char* op, const char* argument, const Tensor& scales
   const Shape shape = check_scales(op, argument, scales);
   const DeviceScope scope(scales);
   Tensor result = empty_beside(scales, {shape.groups, shape.n}, scales.scalar_type());
-  check_launch(op, launch_reorder_scales(static_cast<const uint16_t*>(scales.const_data_ptr()),
-                                         shape.groups, shape.n, pack,
-                                         static_cast<uint16_t*>(result.mutable_data_ptr()),
-                                         scope.stream()));
+  check_launch(op, launch_reorder_scales(
+                       static_cast<const uint16_t*>(scales.const_data_ptr()), shape.groups, shape.n,
+                       pack, static_cast<uint16_t*>(result.mutable_data_ptr()), scope.stream()));
   return result;
 }
 
@@ -152,8 +154,13 @@ Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dt
   const DeviceScope scope(b);
   Tensor values = empty_beside(b, {shape.k, shape.n}, scalar_type(type));
   const DequantizeParams params{static_cast<const uint32_t*>(b.const_data_ptr()),
-                                s.const_data_ptr(), scale_dtype(s), shape.k, shape.n,
-                                shape.groups, type, values.mutable_data_ptr()};
+                                s.const_data_ptr(),
+                                scale_dtype(s),
+                                shape.k,
+                                shape.n,
+                                shape.groups,
+                                type,
+                                values.mutable_data_ptr()};
   check_launch("dequantize", launch_dequantize(params, scope.stream()));
   return values;
 }

@@ -8,6 +8,14 @@ GROUP_SIZES = (-1, 32, 64, 128)
 # Odd multiples of the smallest units: k of 16 (per column) or of the group, n of 64.
 ODD_SHAPES = ((16, 64), (48, 64), (112, 192), (144, 320), (528, 448), (1040, 64))
 
+# name -> (compute capability, multiprocessors, bytes of shared memory that a block may have)
+GPUS = {
+    "A100": ("8.0", 108, 163 * 1024),
+    "A10": ("8.6", 72, 99 * 1024),
+    "RTX 4090": ("8.9", 128, 99 * 1024),
+    "H200": ("9.0a", 132, 227 * 1024),
+}
+
 # Linear layers of one decoder block, as Hugging Face models have them: name -> (k, n).
 LLAMA_2_7B = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096),
               "gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}  # fmt: skip
