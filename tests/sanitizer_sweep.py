@@ -10,14 +10,13 @@ import torch
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
 
-
 CONFIGS = [None, "reference", *host.kernel_shapes()]
 
 
 def sweep() -> int:
     """Runs all problems; returns how many."""
     problems = 0
-    for k, n, group_size in ((128, 64, -1), (256, 192, 32), (256, 128, 128), (176, 320, -1)):
+    for k, n, group_size in ((128, 64, 32), (256, 320, 128), (176, 192, -1)):
         for dtype in (torch.float16, torch.bfloat16):
             weight = random_weight(k, n, group_size, dtype=dtype, device="cuda")
             values = weight.values()
@@ -25,7 +24,7 @@ def sweep() -> int:
             assert torch.equal(ops.unpack_scales(weight.s), weight.scales)
             assert torch.equal(ops.dequantize(weight.b, weight.s, torch.float32), values.float())
             bias = torch.randn(n, device="cuda").to(dtype)
-            for m, config in itertools.product((1, 33, 130), CONFIGS):
+            for m, config in itertools.product((1, 33), CONFIGS):
                 a = random_rows(m, k, dtype=dtype, device="cuda")
                 y = ops.matmul(a, weight.b, weight.s, bias, config)
                 check_product(y, a, values, bias)

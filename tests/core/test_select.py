@@ -7,6 +7,7 @@ import pytest
 from marlin import host
 from marlin.testing.shapes import GPUS, MODELS, ROWS
 
+
 @pytest.mark.parametrize("gpu", [name for name in GPUS if name != "H200"])
 def test_selected_shapes_fit(gpu):
     _, sm_count, shared_bytes = GPUS[gpu]

@@ -102,7 +102,15 @@ def test_refused_configurations():
     weight = random_weight(128, 64, 64, device="cuda")
     a = random_rows(4, 128, device="cuda")
     expected = ops.matmul(a, weight.b, weight.s)
-    for name in ("16x256x64x4@0", "16x256x64x4@3", "16x256x64x4@", "16x256x64x4@2x", "16x256x64", "", "@1"):
+    for name in (
+        "16x256x64x4@0",
+        "16x256x64x4@3",
+        "16x256x64x4@",
+        "16x256x64x4@2x",
+        "16x256x64",
+        "",
+        "@1",
+    ):
         with pytest.raises(RuntimeError, match="config: expected one of"):
             ops.matmul(a, weight.b, weight.s, config=name)
         assert torch.equal(ops.matmul(a, weight.b, weight.s), expected)

@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
@@ -63,9 +62,14 @@ def test_selected_kernels_do_not_spill(gpu):
     assert tool, "no cuobjdump"
     arch = f"sm_{capability.replace('.', '')}"
     listing = subprocess.run(
-        [tool, "-arch", arch, "-res-usage", str(library)], capture_output=True, text=True, check=True
+        [tool, "-arch", arch, "-res-usage", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
-    kernels = re.findall(r"Function (\S*sm80_kernelILm(\d+)E\S*):\s*\n\s*REG:\d+ STACK:(\d+)", listing)
+    kernels = re.findall(
+        r"Function (\S*sm80_kernelILm(\d+)E\S*):\s*\n\s*REG:\d+ STACK:(\d+)", listing
+    )
     names = list(host.kernel_shapes())
     assert {names[int(index)] for _, index, _ in kernels} == set(names)
     layers = {layer for model in MODELS.values() for layer in model.values()}

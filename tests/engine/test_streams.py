@@ -61,7 +61,7 @@ print("same")
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_two_graphs_of_one_stream_replayed_at_once(config):
-    """Captured one after the other on one stream, replayed on two: they must not share a workspace."""
+    """Captured one after the other on one stream, replayed on two: each with its own workspace."""
     weight = random_weight(8192, 576, 128, device="cuda")
     config = shared_slices(config, k=8192)
     rows = [random_rows(40, 8192, device="cuda", seed=seed) for seed in (1, 2)]
@@ -147,7 +147,7 @@ def test_second_device():
 
 
 def test_operands_of_more_than_two_to_the_31():
-    """Offsets of 64 bits where sizes multiply: X and Y of 2.2e9 elements, rows checked here and there."""
+    """Offsets of 64 bits where sizes multiply: X and Y of 2.2e9 elements, some rows checked."""
     k, n, m = 2048, 2048, 1_100_000
     weight = random_weight(k, n, 128, device="cuda")
     a = random_rows(1000, k, device="cuda").repeat(m // 1000, 1)
@@ -169,7 +169,7 @@ def test_operands_of_more_than_two_to_the_31():
 def test_graphs_give_their_counters_back():
     """More captures than there are slices of counters: slices come back with their graphs.
 
-    A launch that gets no counters takes no memory for partial sums either: that tells the two apart.
+    A launch that gets no counters takes no memory for partial sums: that tells the two apart.
     """
     weight = random_weight(2048, 64, 128, device="cuda")
     a = random_rows(4, 2048, device="cuda")
