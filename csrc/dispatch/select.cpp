@@ -36,20 +36,25 @@ constexpr std::array kTable{
 // Beyond the table: tiles of 128 rows where they fill the GPU and few of their rows are empty
 // (4096x28672, m = 512: 343.6 against 355.7), of 64 rows elsewhere (4096x6144, m = 512: 84 against
 // 87). Both have warps of 64 rows, which spill a few registers in the main loop. On an H200 they win
-// all the same (8192x8192, m = 512: 189 against 248); on 8.x nobody has measured, so none there.
-constexpr std::array<std::string_view, 2> kTallShapes{"128x256x128x1", "128x256x64x1"};
-constexpr std::array<std::string_view, 2> kLowShapes{"64x256x128x2", "64x256x64x2"};
-constexpr std::array<std::string_view, 1> kNarrowShapes{"64x128x64x2"};
+// all the same (8192x8192, m = 512: 189 against 248).
+constexpr std::array<std::string_view, 3> kTallShapes{"128x256x128x1", "128x256x64x1",
+                                                      "64x128x64x2"};
+constexpr std::array<std::string_view, 3> kLowShapes{"64x256x128x2", "64x256x64x2", "64x128x64x2"};
 
 bool fits(size_t shape, const Device& device) {
   return static_cast<int64_t>(kSm80SharedBytes[shape]) <= device.shared_bytes_per_block;
 }
 
+// On 8.x nobody has measured whether shapes that spill pay: they are not selected there.
+bool selectable(size_t shape, const Device& device) {
+  return shape < kSm80Shapes.size() && fits(shape, device) &&
+         (device.major >= 9 || !kSm80Shapes[shape].spills_on_8x);
+}
+
 template <size_t kCount>
 size_t first_that_fits(const std::array<std::string_view, kCount>& shapes, const Device& device) {
   for (std::string_view name : shapes)
-    if (const size_t shape = sm80_index(name); shape < kSm80Shapes.size() && fits(shape, device))
-      return shape;
+    if (const size_t shape = sm80_index(name); selectable(shape, device)) return shape;
   return sm80_index("16x256x64x2");  // the smallest of all
 }
 
@@ -57,7 +62,6 @@ size_t select_shape(const Problem& problem, const Device& device) {
   for (const Row& row : kTable)
     if (problem.m <= row.rows && problem.k * problem.n <= row.weights)
       return first_that_fits(row.shapes, device);
-  if (device.major < 9) return first_that_fits(kNarrowShapes, device);
   const int64_t tall_tiles = ceil_div(problem.m, 128);
   const bool fills = tall_tiles * ceil_div(problem.n, 256) * 100 >= int64_t{device.sm_count} * 84;
   const bool few_empty_rows = tall_tiles * 128 * 100 <= problem.m * 115;
