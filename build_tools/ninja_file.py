@@ -32,7 +32,7 @@ def write_ninja_file(plan: BuildPlan, folder: Path) -> dict[str, Path]:
             objects = []
             for source in library.sources:
                 is_cuda = source.endswith(".cu")
-                flags = plan.nvcc_flags if is_cuda else CXX_FLAGS + library.flags
+                flags = plan.flags_for(source) if is_cuda else CXX_FLAGS + library.flags
                 flags = flags + ISA_FLAGS.get(source, [])
                 target = str(folder / library.name / (source + ".o"))
                 ninja.build(target, "nvcc" if is_cuda else "cxx", source,

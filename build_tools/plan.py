@@ -20,6 +20,7 @@ from pathlib import Path
 # Machine code for Ampere, Ada and Hopper; PTX of 8.0 for everything newer (PTX of 9.0a would run
 # nowhere else).
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;8.0+PTX"
+SM90_ARCH = "9.0a"
 
 # The oldest LibTorch stable ABI that has all we call; a library built so loads in any newer torch.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -60,11 +61,21 @@ class BuildPlan:
     libraries: list[Library]
     cxx: str
     nvcc: str | None
-    nvcc_flags: list[str]
+    nvcc_flags: list[str]  # beside the architectures
+    archs: str
     report: dict  # becomes marlin/_build.json, which `marlin info` and errors read
+
+    def flags_for(self, source: str) -> list[str]:
+        """nvcc's flags for a source: kernels of the sm_90 engine exist for one architecture."""
+        return self.nvcc_flags + arch_flags(SM90_ARCH if is_sm90(source) else self.archs)
 
     def report_text(self) -> str:
         return json.dumps(self.report, indent=2) + "\n"
+
+
+def is_sm90(source: str) -> bool:
+    """Whether a source holds kernels of the sm_90 engine."""
+    return Path(source).name.startswith("sm90_")
 
 
 def find_nvcc() -> str | None:
@@ -157,18 +168,23 @@ def plan_build(root: Path) -> BuildPlan:
         cuda_home = Path(nvcc).resolve().parent.parent
         found = [*root.glob("csrc/dispatch/*.cpp"), *root.glob("csrc/**/*.cu")]
         sources = sorted(str(path.relative_to(root)) for path in found)
+        with_sm90 = SM90_ARCH in (arch.strip() for arch in archs.split(";"))
+        if not with_sm90:
+            sources = [source for source in sources if not is_sm90(source)]
         runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         libraries.append(
             Library(
                 "_ops_cuda",
                 ["csrc/torch/cuda_ops.cpp", *border, *sources],
-                [*torch_flags, "-DUSE_CUDA", f"-isystem{cuda_home / 'include'}"],
+                [*torch_flags, "-DUSE_CUDA", f"-isystem{cuda_home / 'include'}",
+                 *(["-DMARLIN_SM90"] if with_sm90 else [])],  # fmt: skip
                 [*link_torch, "-ltorch_cuda", f"-L{cuda_home / 'lib64'}", *runtime],
             )
         )
         version = nvcc_version(nvcc)
-        nvcc_flags = NVCC_FLAGS + arch_flags(archs)
+        arch_flags(archs)  # refuses what is none
+        nvcc_flags = list(NVCC_FLAGS)
         if version >= (12, 8):  # the first that knows it
             nvcc_flags.append("--compress-mode=size")
         report |= {"nvcc": "{}.{}".format(*version), "archs": archs}
-    return BuildPlan(root, libraries, os.environ.get("CXX", "g++"), nvcc, nvcc_flags, report)
+    return BuildPlan(root, libraries, os.environ.get("CXX", "g++"), nvcc, nvcc_flags, archs, report)

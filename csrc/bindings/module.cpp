@@ -135,28 +135,31 @@ Problem make_problem(int64_t m, int64_t n, int64_t k, int64_t group_size) {
   return {m, n, k, group_size == -1 ? 1 : k / group_size, Dtype::kF16, Dtype::kF16};
 }
 
-// The kernel configurations of the sm_80 engine: name -> what a CTA is.
+// The kernel configurations: name -> engine, and what a CTA is.
 py::dict kernel_shapes() {
   py::dict shapes;
-  for (size_t i = 0; i < kSm80Shapes.size(); ++i) {
-    const CtaShape& shape = kSm80Shapes[i].shape;
+  auto add = [&](const KernelConfig& config, const char* engine, int threads) {
+    const TileShape tile = tile_shape(config);
     py::dict entry;
-    entry["rows"] = shape.rows;
-    entry["columns"] = shape.columns();
-    entry["depth"] = shape.depth;
-    entry["depth_groups"] = shape.depth_groups;
-    entry["stages"] = shape.stages;
-    entry["threads"] = shape.threads();
-    entry["shared_bytes"] = kSm80SharedBytes[i];
-    shapes[py::str(std::string(kSm80Shapes[i].name))] = entry;
-  }
+    entry["engine"] = engine;
+    entry["rows"] = tile.rows;
+    entry["columns"] = tile.columns;
+    entry["depth"] = tile.depth;
+    entry["threads"] = threads;
+    entry["shared_bytes"] = shared_bytes(config);
+    shapes[py::str(std::string(shape_name(config)))] = entry;
+  };
+  for (size_t i = 0; i < kSm80Shapes.size(); ++i)
+    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads());
+  for (size_t i = 0; i < kSm90Shapes.size(); ++i)
+    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads());
   return shapes;
 }
 
 std::string select_config(int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
-                          int shared_bytes) {
-  return config_name(
-      select_sm80(make_problem(m, n, k, group_size), {8, 0, sm_count, shared_bytes}));
+                          int shared_bytes, int major) {
+  const Device device{major, 0, sm_count, shared_bytes, major == 9};
+  return config_name(select(make_problem(m, n, k, group_size), device));
 }
 
 // (slice, first, last, contributors, order) of every segment of every run.
@@ -203,7 +206,7 @@ PYBIND11_MODULE(host, m) {
       py::arg("word"), py::arg("nibble"), "(row, column) of a 16 x 64 tile's code.");
   m.def("kernel_shapes", &kernel_shapes, "CTA shapes of the CUDA engine by name.");
   m.def("select", &select_config, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
-        py::arg("sm_count"), py::arg("shared_bytes"),
+        py::arg("sm_count"), py::arg("shared_bytes"), py::arg("major") = 8,
         "Name of the configuration chosen on a GPU with these limits: 'shape@runs'.");
   m.def("partition", &partition, py::arg("slices"), py::arg("depth"), py::arg("runs"),
         "Per run, its segments: (slice, first tile, last tile, contributors, order).");

@@ -62,11 +62,98 @@ constexpr size_t sm80_index(std::string_view name) {
   return index;  // the number of shapes if there is none of this name
 }
 
+// The shape of a CTA of the sm_90 engine: consumer warpgroups, and one more that feeds them.
+//   rows      of X
+//   columns   of W
+//   depth     rows of W in a stage: the tile that partitions count
+//   sets      of consumer warpgroups; each takes every sets-th stage
+//   blocks    of 16 columns that a warp works on
+//   ctas      per SM that registers and shared memory are planned for
+//
+// With mma.sync a set is one warpgroup, which shares out a stage of 128 x 256 weights or the like:
+// a warp takes 128 rows of 64 columns. With wgmma a set is as many warpgroups as it takes to span the
+// columns, each with all rows of the stage.
+struct Sm90Shape {
+  bool wgmma;
+  int rows;
+  int columns;
+  int depth;
+  int sets;
+  int blocks;
+  int stages;
+  int ctas = 1;
+
+  constexpr int set_warpgroups() const { return wgmma ? columns / (64 * blocks) : 1; }
+  constexpr int consumers() const { return sets * set_warpgroups(); }  // warpgroups
+  constexpr int threads() const { return 128 * (consumers() + 1); }
+  // Warps of a set that work on the same columns, at different depths.
+  constexpr int parts() const { return wgmma ? 1 : depth / 128; }
+  // Warpgroups that finish slices together; alone, each finishes its own columns.
+  constexpr int teams() const { return wgmma && sets == 1 ? set_warpgroups() : 1; }
+  // Scales multiply sums, in FP32, or where registers are short weights, in 16 bits.
+  constexpr bool scales_sums() const { return rows <= 32; }
+  constexpr bool operator==(const Sm90Shape&) const = default;
+};
+
+struct NamedSm90Shape {
+  std::string_view name;  // h, rows x columns x depth x consumer warpgroups
+  Sm90Shape shape;
+};
+
+inline constexpr std::array kSm90Shapes{
+    NamedSm90Shape{"h8x256x128x2", {false, 8, 256, 128, 2, 4, 8}},
+    NamedSm90Shape{"h8x128x256x2", {false, 8, 128, 256, 2, 4, 4, 2}},
+    NamedSm90Shape{"h8x64x512x1", {false, 8, 64, 512, 1, 4, 4, 2}},
+    NamedSm90Shape{"h16x256x128x2", {false, 16, 256, 128, 2, 4, 8}},
+    NamedSm90Shape{"h16x128x256x2", {false, 16, 128, 256, 2, 4, 6}},
+    NamedSm90Shape{"h16x64x512x2", {false, 16, 64, 512, 2, 4, 4}},
+    NamedSm90Shape{"h32x256x128x2", {true, 32, 256, 128, 2, 4, 6}},
+    NamedSm90Shape{"h32x128x128x2", {true, 32, 128, 128, 2, 2, 10}},
+    NamedSm90Shape{"h48x256x128x2", {true, 48, 256, 128, 2, 4, 6}},
+    NamedSm90Shape{"h64x256x128x2", {true, 64, 256, 128, 2, 4, 6}},
+    NamedSm90Shape{"h64x128x128x2", {true, 64, 128, 128, 2, 2, 8}},
+    NamedSm90Shape{"h96x128x128x2", {true, 96, 128, 128, 2, 2, 6}},
+    NamedSm90Shape{"h128x256x64x2", {true, 128, 256, 64, 1, 2, 8}},
+    NamedSm90Shape{"h128x128x64x2", {true, 128, 128, 64, 1, 1, 10}},
+    NamedSm90Shape{"h192x128x64x2", {true, 192, 128, 64, 1, 1, 7}},
+    NamedSm90Shape{"h256x128x64x2", {true, 256, 128, 64, 1, 1, 5}},
+};
+
+constexpr size_t sm90_index(std::string_view name) {
+  size_t index = 0;
+  while (index < kSm90Shapes.size() && kSm90Shapes[index].name != name) ++index;
+  return index;  // the number of shapes if there is none of this name
+}
+
+enum class Engine : uint8_t { kSm80, kSm90 };
+
 struct KernelConfig {
-  size_t shape = 0;  // index into kSm80Shapes
+  Engine engine = Engine::kSm80;
+  size_t shape = 0;  // index into the engine's shapes
   int runs = 1;      // CTAs, each with an equal share of the tiles (core/partition.h)
 
   constexpr bool operator==(const KernelConfig&) const = default;
 };
+
+// What partitions are made of: a slice is `columns` wide and `rows` high, a tile `depth` deep.
+struct TileShape {
+  int rows;
+  int columns;
+  int depth;
+};
+
+constexpr TileShape tile_shape(const KernelConfig& config) {
+  if (config.engine == Engine::kSm80) {
+    const CtaShape& shape = kSm80Shapes[config.shape].shape;
+    return {shape.rows, shape.columns(), shape.depth};
+  }
+  const Sm90Shape& shape = kSm90Shapes[config.shape].shape;
+  return {shape.rows, shape.columns, shape.depth};
+}
+
+constexpr std::string_view shape_name(const KernelConfig& config) {
+  return config.engine == Engine::kSm80 ? kSm80Shapes[config.shape].name
+                                        : kSm90Shapes[config.shape].name;
+}
 
 }  // namespace marlin

@@ -8,6 +8,7 @@ struct Device {
   int minor = 0;
   int sm_count = 0;
   int shared_bytes_per_block = 0;  // with opt-in
+  bool sm90_engine = false;        // a Hopper GPU, and a build that has the engine for it
 
   constexpr bool operator==(const Device&) const = default;
 };

@@ -29,7 +29,21 @@ struct Workspace {
   uint32_t* counters;  // [run], zero between launches
 };
 
-struct Sm80Params {
+// A slice of Y, from its number: its first strip of 64 columns and its first row.
+struct Slice {
+  int64_t strip;
+  int64_t first_row;
+
+  constexpr Slice(int64_t slice, int row_tiles, int rows, int strips) {
+    const auto index = static_cast<uint32_t>(slice), tiles = static_cast<uint32_t>(row_tiles);
+    const uint32_t column = tiles == 1 ? index : index / tiles;
+    strip = int64_t{column} * strips;
+    first_row = int64_t{index - column * tiles} * rows;
+  }
+};
+
+// A launch of either engine.
+struct LaunchParams {
   GemmParams gemm;
   Partition partition;  // slices: strips of columns, and within each the tiles of rows
   int row_tiles;

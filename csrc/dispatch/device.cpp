@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernel/sm90_launch.h"
+
 namespace marlin {
 namespace {
 
@@ -26,10 +28,11 @@ const Device& device(int index) {
   static std::array<Device, kMaxDevices> devices;
   static std::array<std::once_flag, kMaxDevices> asked;
   std::call_once(asked.at(index), [index] {
-    devices[index] = {attribute(cudaDevAttrComputeCapabilityMajor, index),
-                      attribute(cudaDevAttrComputeCapabilityMinor, index),
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+    devices[index] = {major, attribute(cudaDevAttrComputeCapabilityMinor, index),
                       attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                      major == 9 && kBuiltForSm90};
   });
   return devices[index];
 }

@@ -5,35 +5,63 @@
 #include <utility>
 
 #include "dispatch/select.h"
+#include "dispatch/tensor_map.h"
 #include "format/shared_memory.h"
 #include "kernel/sm80_launch.h"
+#include "kernel/sm90_launch.h"
 
 namespace marlin {
 namespace {
 
-using LaunchShape = cudaError_t (*)(const Sm80Params&, Dtype, int, cudaStream_t);
+using LaunchSm80 = cudaError_t (*)(const LaunchParams&, Dtype, int, cudaStream_t);
+using LaunchSm90 = cudaError_t (*)(const LaunchParams&, const CUtensorMap&, Dtype, int,
+                                   cudaStream_t);
 
-constexpr auto kLaunchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
-  return std::array<LaunchShape, sizeof...(kIndex)>{&launch_shape<kIndex>...};
+constexpr auto kSm80Launchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+  return std::array<LaunchSm80, sizeof...(kIndex)>{&launch_shape<kIndex>...};
 }
 (std::make_index_sequence<kSm80Shapes.size()>{});
+
+constexpr auto kSm90Launchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+  if constexpr (kBuiltForSm90)
+    return std::array<LaunchSm90, sizeof...(kIndex)>{&launch_sm90_shape<kIndex>...};
+  else
+    return std::array<LaunchSm90, sizeof...(kIndex)>{};
+}
+(std::make_index_sequence<kSm90Shapes.size()>{});
+
+cudaError_t launch_sm80(const LaunchParams& params, const Problem& problem, size_t shape,
+                        cudaStream_t stream) {
+  const int depth = kSm80Shapes[shape].shape.depth;
+  const int groups_per_stage =
+      problem.per_column() ? 0 : std::max(1, depth / static_cast<int>(params.gemm.group_rows));
+  return kSm80Launchers[shape](params, problem.activation, groups_per_stage, stream);
+}
+
+cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size_t shape,
+                        cudaStream_t stream) {
+  CUtensorMap x_map;
+  const cudaError_t error = describe_activations(params.gemm, problem.activation,
+                                                 kSm90Shapes[shape].shape.rows, x_map);
+  if (error != cudaSuccess) return error;
+  const int groups = problem.per_column() ? 0 : 128 / static_cast<int>(params.gemm.group_rows);
+  return kSm90Launchers[shape](params, x_map, problem.activation, groups, stream);
+}
 
 }  // namespace
 
 int64_t partials_bytes(const Problem& problem, const KernelConfig& config) {
   const Partition partition = partition_of(problem, config);
-  return shares_slices(partition) ? partition.runs * partial_bytes(kSm80Shapes[config.shape].shape)
-                                  : 0;
+  return shares_slices(partition) ? partition.runs * partial_bytes(config) : 0;
 }
 
-cudaError_t launch_sm80(const GemmParams& gemm, const Problem& problem, const KernelConfig& config,
-                        const Workspace& workspace, cudaStream_t stream) {
-  const Sm80Params params{gemm, partition_of(problem, config),
-                          static_cast<int>(row_tiles(problem, config)), workspace};
-  const int depth = kSm80Shapes[config.shape].shape.depth;
-  const int groups_per_stage =
-      problem.per_column() ? 0 : std::max(1, depth / static_cast<int>(gemm.group_rows));
-  return kLaunchers[config.shape](params, problem.activation, groups_per_stage, stream);
+cudaError_t launch_engine(const GemmParams& gemm, const Problem& problem,
+                          const KernelConfig& config, const Workspace& workspace,
+                          cudaStream_t stream) {
+  const LaunchParams params{gemm, partition_of(problem, config),
+                            static_cast<int>(row_tiles(problem, config)), workspace};
+  return config.engine == Engine::kSm80 ? launch_sm80(params, problem, config.shape, stream)
+                                        : launch_sm90(params, problem, config.shape, stream);
 }
 
 }  // namespace marlin

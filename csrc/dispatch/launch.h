@@ -11,8 +11,9 @@ namespace marlin {
 // Bytes that `workspace.partials` of this launch must hold; 0 if no slice is shared.
 int64_t partials_bytes(const Problem& problem, const KernelConfig& config);
 
-// Launches the sm_80 engine. `counters` are needed where a slice is shared.
-cudaError_t launch_sm80(const GemmParams& gemm, const Problem& problem, const KernelConfig& config,
-                        const Workspace& workspace, cudaStream_t stream);
+// Launches the configuration's engine. `counters` are needed where a slice is shared.
+cudaError_t launch_engine(const GemmParams& gemm, const Problem& problem,
+                          const KernelConfig& config, const Workspace& workspace,
+                          cudaStream_t stream);
 
 }  // namespace marlin

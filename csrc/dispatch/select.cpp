@@ -41,13 +41,13 @@ constexpr std::array<std::string_view, 3> kTallShapes{"128x256x128x1", "128x256x
                                                       "64x128x64x2"};
 constexpr std::array<std::string_view, 3> kLowShapes{"64x256x128x2", "64x256x64x2", "64x128x64x2"};
 
-bool fits(size_t shape, const Device& device) {
-  return static_cast<int64_t>(kSm80SharedBytes[shape]) <= device.shared_bytes_per_block;
+bool fits(const KernelConfig& config, const Device& device) {
+  return shared_bytes(config) <= device.shared_bytes_per_block;
 }
 
 // On 8.x nobody has measured whether shapes that spill pay: they are not selected there.
 bool selectable(size_t shape, const Device& device) {
-  return shape < kSm80Shapes.size() && fits(shape, device) &&
+  return shape < kSm80Shapes.size() && fits({Engine::kSm80, shape}, device) &&
          (device.major >= 9 || !kSm80Shapes[shape].spills_on_8x);
 }
 
@@ -72,14 +72,31 @@ size_t select_shape(const Problem& problem, const Device& device) {
 // One CTA per SM with an equal share of the tiles; or each slice cut evenly, where that leaves at most
 // a sixth of the SMs idle: runs then never end inside a slice (8192x8192, m = 1: 14.2 us with 128
 // runs, 14.9 with 132).
-int select_runs(const Problem& problem, size_t shape, const Device& device) {
-  const Partition whole = partition_of(problem, {shape, 1});
+int select_runs(const Problem& problem, const KernelConfig& config, const Device& device) {
+  const Partition whole = partition_of(problem, config);
   if (whole.slices <= device.sm_count) {
     const int64_t even = device.sm_count / whole.slices * whole.slices;
     if (even * 100 >= int64_t{device.sm_count} * 84 && even <= whole.tiles())
       return static_cast<int>(even);
   }
   return static_cast<int>(std::min<int64_t>(whole.tiles(), device.sm_count));
+}
+
+// Whether the engine can do it. FP16 cannot hold BF16's scales, so they do not multiply weights in it.
+bool runs_on(const KernelConfig& config, const Problem& problem, const Device& device) {
+  if (config.engine == Engine::kSm80) return true;
+  const bool holds_scales = problem.per_column() || problem.activation == Dtype::kBF16 ||
+                            problem.scale == Dtype::kF16 ||
+                            kSm90Shapes[config.shape].shape.scales_sums();
+  return device.sm90_engine && holds_scales;
+}
+
+std::optional<KernelConfig> find_shape(std::string_view name) {
+  if (const size_t index = sm80_index(name); index < kSm80Shapes.size())
+    return KernelConfig{Engine::kSm80, index};
+  if (const size_t index = sm90_index(name); index < kSm90Shapes.size())
+    return KernelConfig{Engine::kSm90, index};
+  return std::nullopt;
 }
 
 std::optional<int> parse_number(std::string_view digits) {
@@ -99,24 +116,25 @@ std::optional<KernelConfig> select_like(std::string_view limits, const Problem& 
   const auto bytes = parse_number(limits.substr(colon + 1));
   if (!sm_count || !bytes || *sm_count < 1 || *bytes > device.shared_bytes_per_block)
     return std::nullopt;
-  return select_sm80(problem, {8, 0, *sm_count, *bytes});
+  return select(problem, {8, 0, *sm_count, *bytes});
 }
 
 }  // namespace
 
 int64_t row_tiles(const Problem& problem, const KernelConfig& config) {
-  return std::max<int64_t>(1, ceil_div(problem.m, kSm80Shapes[config.shape].shape.rows));
+  return std::max<int64_t>(1, ceil_div(problem.m, tile_shape(config).rows));
 }
 
 Partition partition_of(const Problem& problem, const KernelConfig& config) {
-  const CtaShape& shape = kSm80Shapes[config.shape].shape;
-  return {ceil_div(problem.n, shape.columns()) * row_tiles(problem, config),
-          static_cast<int>(ceil_div(problem.k, shape.depth)), config.runs};
+  const TileShape tile = tile_shape(config);
+  return {ceil_div(problem.n, tile.columns) * row_tiles(problem, config),
+          static_cast<int>(ceil_div(problem.k, tile.depth)), config.runs};
 }
 
-KernelConfig select_sm80(const Problem& problem, const Device& device) {
-  const size_t shape = select_shape(problem, device);
-  return {shape, select_runs(problem, shape, device)};
+KernelConfig select(const Problem& problem, const Device& device) {
+  KernelConfig config{Engine::kSm80, select_shape(problem, device)};
+  config.runs = select_runs(problem, config, device);
+  return config;
 }
 
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
@@ -124,16 +142,19 @@ std::optional<KernelConfig> parse_config(std::string_view name, const Problem& p
   constexpr std::string_view kLike = "like:";
   if (name.starts_with(kLike)) return select_like(name.substr(kLike.size()), problem, device);
   const size_t at = name.find('@');
-  const size_t shape = sm80_index(name.substr(0, at));
-  if (shape == kSm80Shapes.size() || !fits(shape, device)) return std::nullopt;
-  if (at == std::string_view::npos) return KernelConfig{shape, select_runs(problem, shape, device)};
+  const auto shape = find_shape(name.substr(0, at));
+  if (!shape || !fits(*shape, device) || !runs_on(*shape, problem, device)) return std::nullopt;
+  KernelConfig config = *shape;
+  config.runs = select_runs(problem, config, device);
+  if (at == std::string_view::npos) return config;
   const auto runs = parse_number(name.substr(at + 1));
-  if (!runs || *runs < 1 || *runs > partition_of(problem, {shape, 1}).tiles()) return std::nullopt;
-  return KernelConfig{shape, *runs};
+  if (!runs || *runs < 1 || *runs > partition_of(problem, config).tiles()) return std::nullopt;
+  config.runs = *runs;
+  return config;
 }
 
 std::string config_name(const KernelConfig& config) {
-  return std::string(kSm80Shapes[config.shape].name) + "@" + std::to_string(config.runs);
+  return std::string(shape_name(config)) + "@" + std::to_string(config.runs);
 }
 
 }  // namespace marlin

@@ -12,11 +12,12 @@
 
 namespace marlin {
 
-KernelConfig select_sm80(const Problem& problem, const Device& device);
+KernelConfig select(const Problem& problem, const Device& device);
 
 // "16x256x64x4", or "16x256x64x4@96" with the number of runs; or "like:108:166912", whatever is
 // selected on an 8.x GPU with so many SMs and bytes of shared memory per block. Nothing if there is no
-// such shape, it does not fit the device, or the runs are not between 1 and the problem's tiles.
+// such shape, it does not fit the device or the problem, or the runs are not between 1 and the
+// problem's tiles.
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
                                          const Device& device);
 std::string config_name(const KernelConfig& config);  // "16x256x64x4@96"

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "core/gemm.h"
-#include "pipeline/stage.cuh"
 #include "ptx/barrier.cuh"
 
 namespace marlin {
@@ -18,17 +17,19 @@ __device__ inline int run_of_block(const Partition& partition) {
   return partition.runs - 1 - static_cast<int>(blockIdx.x);
 }
 
-template <CtaShape kShape>
+// kTeams of threads may finish their own columns of a slice each by itself.
+template <int kRows, int kColumns, int kTeams = 1>
 class Handover {
  public:
-  __device__ Handover(const Workspace& workspace, const Sharing& sharing, int run)
-      : partials_(static_cast<float*>(workspace.partials) + int64_t{run} * kElements),
-        counter_(workspace.counters + (run - sharing.order)),
+  __device__ Handover(const Workspace& workspace, const Sharing& sharing, int run, int team = 0)
+      : partials_(static_cast<float*>(workspace.partials) + int64_t{run} * kElements +
+                  team * (kColumns / kTeams)),
+        counter_(workspace.counters + ((run - sharing.order) * kTeams + team)),
         sharing_(sharing) {}
 
   __device__ bool owner() const { return sharing_.owner(); }
 
-  // Of the owner, by one thread before a barrier of the CTA: all others have counted themselves.
+  // Of the owner, by one thread before a barrier: all others have counted themselves.
   __device__ void await_others() const {
     if (!sharing_.shared()) return;
     while (ptx::load_acquire(counter_) != static_cast<uint32_t>(sharing_.contributors - 1)) {
@@ -38,12 +39,9 @@ class Handover {
 
   __device__ int others() const { return sharing_.contributors - 1; }
 
-  // Of the others, for the whole CTA: what they gave is all there is. The release covers what the
-  // barrier made its thread see, everybody's writes.
-  __device__ void count_myself() const {
-    __syncthreads();
-    if (threadIdx.x == 0) ptx::add_release(counter_, 1);
-  }
+  // Of the others, by one thread after a barrier: what they gave is all there is. The release covers
+  // what the barrier made its thread see, everybody's writes.
+  __device__ void count_myself() const { ptx::add_release(counter_, 1); }
 
   // Four neighbouring sums of a row of the slice.
   __device__ void give(int row, int column, float4 sums) const {
@@ -54,10 +52,10 @@ class Handover {
   }
 
  private:
-  static constexpr int64_t kElements = kShape.rows * kShape.columns();
+  static constexpr int64_t kElements = kRows * kColumns;
 
   __device__ float* place(int other, int row, int column) const {
-    return partials_ + other * kElements + row * kShape.columns() + column;
+    return partials_ + other * kElements + row * kColumns + column;
   }
 
   float* partials_;  // of this run

@@ -1,5 +1,5 @@
-// Shared memory of the sm_80 engine as a struct. No CUDA in here: the size decides on the host, too,
-// which shapes a GPU can run.
+// Shared memory of both engines as structs. No CUDA in here: the size decides on the host, too, which
+// shapes a GPU can run.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +39,48 @@ inline constexpr auto kSm80SharedBytes = []<size_t... kIndex>(std::index_sequenc
 }
 (std::make_index_sequence<kSm80Shapes.size()>{});
 
+// Shared memory of the sm_90 engine: rings of stages, and room to lay out finished rows.
+template <Sm90Shape kShape>
+struct Sm90Shared {
+  static constexpr int kTiles = kShape.depth / kTileRows;       // of W, along k
+  static constexpr int kPanels = kShape.depth / kPanelColumns;  // of X
+  static constexpr int kStrips = kShape.columns / kTileColumns;
+  static constexpr int kMaxGroups = kShape.depth / 32;
+  static constexpr int kCopies = kShape.sets * kShape.parts();
+  static constexpr int kTeamColumns = kShape.columns / kShape.teams();
+  // Finished rows take turns; as many as leave room for the stages.
+  static constexpr int kTurnRows = kShape.rows >= 64 && kShape.sets > 1 ? 8
+                                   : kShape.rows < 16                   ? kShape.rows
+                                                                        : 16;
+
+  Chunk activations[kShape.stages][kPanels][kShape.rows][kSwizzleChunks];  // aligned to 1024 bytes
+  Chunk words[kShape.stages][kTiles][kStrips][32];
+  Chunk scales[kShape.stages][kMaxGroups][kStrips][8];
+  float sums[kShape.teams()][kCopies][kTurnRows][kTeamColumns + 4];
+  uint64_t full[kShape.stages];   // mbarriers
+  uint64_t empty[kShape.stages];
+  int passes[kShape.stages];  // over the stage (pipeline/feed.cuh)
+};
+
+inline constexpr auto kSm90SharedBytes = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+  return std::array{sizeof(Sm90Shared<kSm90Shapes[kIndex].shape>)...};
+}
+(std::make_index_sequence<kSm90Shapes.size()>{});
+
+constexpr int64_t shared_bytes(const KernelConfig& config) {
+  return static_cast<int64_t>(config.engine == Engine::kSm80 ? kSm80SharedBytes[config.shape]
+                                                             : kSm90SharedBytes[config.shape]);
+}
+
 // Bytes of partial sums that a run leaves for the owner of a shared slice.
-constexpr int64_t partial_bytes(const CtaShape& shape) {
-  return int64_t{shape.rows} * shape.columns() * static_cast<int64_t>(sizeof(float));
+constexpr int64_t partial_bytes(const KernelConfig& config) {
+  const TileShape tile = tile_shape(config);
+  return int64_t{tile.rows} * tile.columns * static_cast<int64_t>(sizeof(float));
+}
+
+// Counters that a run may need.
+constexpr int counters_per_run(const KernelConfig& config) {
+  return config.engine == Engine::kSm80 ? 1 : kSm90Shapes[config.shape].shape.teams();
 }
 
 }  // namespace marlin

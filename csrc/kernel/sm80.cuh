@@ -18,25 +18,11 @@
 
 namespace marlin {
 
-// The CTA's slice of Y, from a slice's number: its first 64-column strip and its first row.
-template <CtaShape kShape>
-struct Slice {
-  int64_t strip;
-  int64_t first_row;
-
-  __device__ Slice(int64_t slice, int row_tiles) {
-    const auto index = static_cast<uint32_t>(slice), tiles = static_cast<uint32_t>(row_tiles);
-    const uint32_t column = tiles == 1 ? index : index / tiles;
-    strip = int64_t{column} * kShape.column_warps;
-    first_row = int64_t{index - column * tiles} * kShape.rows;
-  }
-};
-
 // Copies of a run's stages, one after the other; one commit group per stage, also past the end.
 template <CtaShape kShape, int kGroups>
 class StageCopy {
  public:
-  __device__ StageCopy(const Sm80Params& params, const Role<kShape>& role, int run)
+  __device__ StageCopy(const LaunchParams& params, const Role<kShape>& role, int run)
       : params_(params),
         role_(role),
         walk_(params.partition, run, role.depth_group, kShape.depth_groups) {
@@ -56,7 +42,7 @@ class StageCopy {
 
  private:
   __device__ void seek() {
-    const Slice<kShape> slice(walk_.slice(), params_.row_tiles);
+    const Slice slice(walk_.slice(), params_.row_tiles, kShape.rows, kShape.column_warps);
     weights_.seek(params_.gemm, role_, slice.strip, walk_.tile());
     activations_.seek(params_.gemm, role_, slice.first_row, walk_.tile());
     if constexpr (kGroups > 0) scales_.seek(params_.gemm, role_, slice.strip, walk_.tile());
@@ -68,7 +54,7 @@ class StageCopy {
     if constexpr (kGroups > 0) scales_.advance();
   }
 
-  const Sm80Params& params_;
+  const LaunchParams& params_;
   const Role<kShape>& role_;
   TileWalk walk_;
   WeightCopy<kShape> weights_;
@@ -77,25 +63,30 @@ class StageCopy {
 };
 
 // sums += W · X of tiles [first, last) of a stage, for kCount blocks from kFirst on.
-template <typename Half, int kFirst, int kCount, CtaShape kShape>
+template <typename Half, int kFirst, CtaShape kShape, int kBatches, int kCount>
 __device__ void multiply_tiles(const Stage<kShape>& stage, const Role<kShape>& role, int first,
-                               int last, BlockSums<kShape, kCount>& sums) {
+                               int last, Sums<kBatches, kCount>& sums) {
 #pragma unroll
   for (int tile = first; tile < last; ++tile)
-    sums.template multiply<Half, kFirst>(stage, role, tile);
+    sums.template multiply<Half, kFirst>(words_of(stage, role, tile), [&](int batch) {
+      ActivationFragments x;
+      x.load<kBatches == 1>(stage.activations, role.lane, role.row_warp * kShape.rows_per_warp(),
+                            tile, batch);
+      return x;
+    });
 }
 
 // Tiles that share a scale: their product apart, then scaled in FP32 and added, so no scale is too
 // large, too small or zero. The product of all four blocks takes as many registers as the sums; warps
 // with 64 rows have them for two blocks at a time and read X twice.
-template <typename Half, int kFirst = 0, CtaShape kShape>
+template <typename Half, int kFirst = 0, CtaShape kShape, int kBatches>
 __device__ void multiply_group(const Stage<kShape>& stage, const Role<kShape>& role, int group,
-                               int tiles, Dtype scale_dtype, Sums<kShape>& sums) {
+                               int tiles, Dtype scale_dtype, Sums<kBatches>& sums) {
   constexpr int kCount = kShape.rows_per_warp() > 32 ? kBlocks / 2 : kBlocks;
-  BlockSums<kShape, kCount> product;
+  Sums<kBatches, kCount> product;
   multiply_tiles<Half, kFirst>(stage, role, group * tiles, (group + 1) * tiles, product);
-  ScaleFragment scale;
-  scale.load(stage, role, group, scale_dtype);
+  const ScaleFragment scale(stage.scales[group][role.column_warp][role.fragment_column],
+                            scale_dtype);
   sums.template add_scaled<kFirst>(product, scale);
   if constexpr (kFirst + kCount < kBlocks)
     multiply_group<Half, kFirst + kCount>(stage, role, group, tiles, scale_dtype, sums);
@@ -103,12 +94,12 @@ __device__ void multiply_group(const Stage<kShape>& stage, const Role<kShape>& r
 
 // A stage's share of the sums, with kGroups groups of scales per stage. Without any (per column),
 // sums stay in units of the scale until the end.
-template <typename Half, int kGroups, CtaShape kShape>
+template <typename Half, int kGroups, CtaShape kShape, int kBatches>
 __device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& role,
-                               Dtype scale_dtype, Sums<kShape>& sums) {
+                               Dtype scale_dtype, Sums<kBatches>& sums) {
   constexpr int kTiles = Stage<kShape>::kTiles;
   if constexpr (kGroups == 0) {
-    multiply_tiles<Half, 0, kBlocks>(stage, role, 0, kTiles, sums);
+    multiply_tiles<Half, 0>(stage, role, 0, kTiles, sums);
   } else {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
@@ -119,10 +110,10 @@ __device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& r
 // Templated on the index of its shape: nvcc 13.0 cannot name a kernel by a class-type argument.
 template <size_t kIndex, typename Half, int kGroups>
 __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
-    sm80_kernel(const __grid_constant__ Sm80Params params) {
+    sm80_kernel(const __grid_constant__ LaunchParams params) {
   constexpr CtaShape kShape = kSm80Shapes[kIndex].shape;
-  extern __shared__ __align__(128) char shared_bytes[];
-  auto& shared = *reinterpret_cast<SharedMemory<kShape>*>(shared_bytes);
+  extern __shared__ __align__(128) char memory[];
+  auto& shared = *reinterpret_cast<SharedMemory<kShape>*>(memory);
   const Role<kShape> role;
   const int run = run_of_block(params.partition);
   auto& ring = shared.stages[role.depth_group];
@@ -134,7 +125,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
 
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
     const Sharing sharing = params.partition.sharing(run, segment->slice);
-    Sums<kShape> sums;
+    Sums<kShape.rows_per_warp() / 8> sums;
     // All depth groups take as many turns, the last ones perhaps idle: racecheck counts barriers.
     for (int tile = segment->first; tile < segment->last; tile += kShape.depth_groups) {
       ptx::cp_async_wait<kShape.stages - 2>();
@@ -146,8 +137,8 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
       slot = slot + 1 == kShape.stages ? 0 : slot + 1;
     }
 
-    const Slice<kShape> slice(segment->slice, params.row_tiles);
-    const Handover<kShape> handover(params.workspace, sharing, run);
+    const Slice slice(segment->slice, params.row_tiles, kShape.rows, kShape.column_warps);
+    const SliceHandover<kShape> handover(params.workspace, sharing, run);
     finish_slice<Half, kGroups == 0>(sums, role, shared, free_slot, params.gemm,
                                      {slice.first_row, slice.strip * kTileColumns}, handover);
   }

@@ -10,7 +10,7 @@ namespace marlin {
 
 // kernel/instances/ defines these, one file each.
 template <size_t kIndex>
-cudaError_t launch_shape(const Sm80Params& params, Dtype activation, int groups_per_stage,
+cudaError_t launch_shape(const LaunchParams& params, Dtype activation, int groups_per_stage,
                          cudaStream_t stream);
 
 }  // namespace marlin

@@ -60,20 +60,20 @@ class ActivationCopy {
 };
 
 // B fragments of one tile along k (16 columns of X) for two batches of eight rows.
-template <CtaShape kShape>
 struct ActivationFragments {
   ptx::FragmentB fragments[2];
 
-  // Batches `batch` and `batch + 1` of the warp's rows; where it has only one, the second is junk.
-  __device__ void load(const Stage<kShape>& stage, const Role<kShape>& role, int tile, int batch) {
-    constexpr bool kSingle = kShape.rows_per_warp() == 8;
+  // Batches `batch` and `batch + 1` of the rows from `first_row` on; with kSingle the second is junk.
+  // `rows`: panels of X, each kRows rows high.
+  template <bool kSingle, int kRows>
+  __device__ void load(const Chunk (*panels)[kRows][kSwizzleChunks], int lane, int first_row,
+                       int tile, int batch) {
     // ldmatrix' four: rows 0-7 with columns 0-7 and 8-15, then rows 8-15 with the same.
-    const int row = role.row_warp * kShape.rows_per_warp() + 8 * batch + role.lane % 8 +
-                    (kSingle ? 0 : role.lane / 16 * 8);
+    const int row = first_row + 8 * batch + lane % 8 + (kSingle ? 0 : lane / 16 * 8);
     constexpr int kPanelTiles = kPanelColumns / kTileRows;
-    const int panel = tile / kPanelTiles, chunk = 2 * (tile % kPanelTiles) + role.lane / 8 % 2;
+    const int panel = tile / kPanelTiles, chunk = 2 * (tile % kPanelTiles) + lane / 8 % 2;
     uint32_t matrices[4];
-    ptx::ldmatrix(matrices, &stage.activations[panel][row][swizzled_chunk(row, chunk)]);
+    ptx::ldmatrix(matrices, &panels[panel][row][swizzled_chunk(row, chunk)]);
     fragments[0] = {{matrices[0], matrices[1]}};
     fragments[1] = {{matrices[2], matrices[3]}};
   }

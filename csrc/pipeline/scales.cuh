@@ -58,14 +58,8 @@ __device__ inline float scale_value(uint16_t bits, Dtype dtype) {
 struct ScaleFragment {
   float values[8];
 
-  template <CtaShape kShape>
-  __device__ void load(const Stage<kShape>& stage, const Role<kShape>& role, int group,
-                       Dtype dtype) {
-    unpack(stage.scales[group][role.column_warp][role.fragment_column], dtype);
-  }
-
- private:
-  __device__ void unpack(const Chunk& halves, Dtype dtype) {
+  ScaleFragment() = default;
+  __device__ ScaleFragment(const Chunk& halves, Dtype dtype) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       values[i] = scale_value(static_cast<uint16_t>(halves.words[i / 2] >> (16 * (i % 2))), dtype);

@@ -2,13 +2,9 @@
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async
 #pragma once
 
-#include <cstdint>
+#include "ptx/shared_address.cuh"
 
 namespace marlin::ptx {
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Copies 16 bytes, past L1. Where `valid` is false, writes zeros and reads nothing.
 //

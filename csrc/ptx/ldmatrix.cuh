@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "ptx/cp_async.cuh"
+#include "ptx/shared_address.cuh"
 
 namespace marlin::ptx {
 

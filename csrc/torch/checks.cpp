@@ -84,7 +84,8 @@ void read_in_place_or_copy(const Tensor& a, MulCall& call) {
   call.x_pitch = pitch.value_or(k);
   const int64_t pitch_bytes = call.x_pitch * size_bytes(call.problem.activation);
   const bool aligned = misalignment(call.x) == 0 && (m <= 1 || pitch_bytes % 16 == 0);
-  if (m == 0 || (pitch && aligned)) return;
+  const bool overlap = m > 1 && call.x_pitch < k;  // as expand() makes: no tensor map can say so
+  if (m == 0 || (pitch && aligned && !overlap)) return;
   call.x_copy = empty_beside(a, {m, k}, a.scalar_type());
   torch::stable::copy_(*call.x_copy, torch::stable::reshape(a, std::array<int64_t, 2>{m, k}));
   call.x = call.x_copy->const_data_ptr();

@@ -7,6 +7,7 @@
 #include "dispatch/device.h"
 #include "dispatch/launch.h"
 #include "dispatch/select.h"
+#include "format/shared_memory.h"
 #include "format/weight_words.h"
 #include "kernel/launch.h"
 #include "torch/checks.h"
@@ -51,19 +52,20 @@ GemmParams gemm_params(const MulCall& call, void* y) {
 
 KernelConfig find_config(const char* op, const Problem& problem, const Device& gpu,
                          const std::optional<std::string>& name) {
-  if (!name) return select_sm80(problem, gpu);
+  if (!name) return select(problem, gpu);
   if (const auto config = parse_config(*name, problem, gpu)) return *config;
   std::string names = "reference";
   for (const NamedShape& shape : kSm80Shapes) names += join(", ", shape.name);
+  for (const NamedSm90Shape& shape : kSm90Shapes) names += join(", ", shape.name);
   fail(op, "config",
        "one of " + names +
-           " that fits the GPU, or one with '@' and 1 to as many runs as it has tiles",
+           " that fits the GPU and the problem, or one with '@' and 1 to as many runs as it has tiles",
        "'" + *name + "'");
 }
 
 // A launch whose CTAs share slices needs counters and memory for partial sums; where no counters are
 // left, every slice gets a CTA of its own.
-void launch_engine(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
+void run_engine(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
                    KernelConfig config, void* y) {
   std::optional<Tensor> partials;
   Workspace workspace{};
@@ -71,15 +73,15 @@ void launch_engine(const char* op, const DeviceScope& scope, const Tensor& a, co
     cudaError_t error = cudaSuccess;
     workspace.counters = counters_for(scope.index(), scope.stream(), error);
     check_launch(op, error);
-    if (workspace.counters == nullptr || config.runs > kMaxSharedRuns) {
+    if (workspace.counters == nullptr || config.runs * counters_per_run(config) > kMaxSharedRuns) {
       config.runs = static_cast<int>(partition_of(call.problem, config).slices);
     } else {
       partials = empty_beside(a, {bytes}, ScalarType::Byte);
       workspace.partials = partials->mutable_data_ptr();
     }
   }
-  check_launch(op,
-               launch_sm80(gemm_params(call, y), call.problem, config, workspace, scope.stream()));
+  check_launch(
+      op, launch_engine(gemm_params(call, y), call.problem, config, workspace, scope.stream()));
 }
 
 void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
@@ -91,7 +93,7 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
     check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
     return;
   }
-  launch_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config),
+  run_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config),
                 y);
 }
 

@@ -1,0 +1,51 @@
+// Host side of one shape of the sm_90 engine; included by kernel/instances/ only.
+#pragma once
+
+#include "kernel/allow_shared_memory.cuh"
+#include "kernel/sm90.cuh"
+#include "kernel/sm90_launch.h"
+
+namespace marlin {
+
+// With programmatic dependent launch: the kernel may start while its predecessor drains.
+template <size_t kIndex, typename Half, int kGroups>
+cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& x_map,
+                                 cudaStream_t stream) {
+  constexpr int kBytes = static_cast<int>(kSm90SharedBytes[kIndex]);
+  constexpr auto kKernel = sm90_kernel<kIndex, Half, kGroups>;
+  if (const cudaError_t error = allow_shared_memory<kKernel>(kBytes); error != cudaSuccess)
+    return error;
+  cudaLaunchAttribute chained{};
+  chained.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  chained.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = params.partition.runs;
+  config.blockDim = kSm90Shapes[kIndex].shape.threads();
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &chained;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, params, x_map);
+}
+
+template <size_t kIndex, typename Half>
+cudaError_t launch_sm90_groups(const LaunchParams& params, const CUtensorMap& x_map, int groups,
+                               cudaStream_t stream) {
+  switch (groups) {
+    case 0: return launch_sm90_instance<kIndex, Half, 0>(params, x_map, stream);
+    case 1: return launch_sm90_instance<kIndex, Half, 1>(params, x_map, stream);
+    case 2: return launch_sm90_instance<kIndex, Half, 2>(params, x_map, stream);
+    case 4: return launch_sm90_instance<kIndex, Half, 4>(params, x_map, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <size_t kIndex>
+cudaError_t launch_sm90_shape(const LaunchParams& params, const CUtensorMap& x_map,
+                              Dtype activation, int groups, cudaStream_t stream) {
+  return activation == Dtype::kF16
+             ? launch_sm90_groups<kIndex, __half>(params, x_map, groups, stream)
+             : launch_sm90_groups<kIndex, __nv_bfloat16>(params, x_map, groups, stream);
+}
+
+}  // namespace marlin

@@ -1,0 +1,24 @@
+// What the host knows of the sm_90 engine: a launch function per shape.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "core/config.h"
+#include "core/gemm.h"
+
+namespace marlin {
+
+// Whether this build has machine code for 9.0a; without, it lacks the instances, too.
+#ifdef MARLIN_SM90
+inline constexpr bool kBuiltForSm90 = true;
+#else
+inline constexpr bool kBuiltForSm90 = false;
+#endif
+
+// kernel/instances/ defines these, one file each. `groups` of scales in 128 rows of W; 0: per column.
+template <size_t kIndex>
+cudaError_t launch_sm90_shape(const LaunchParams& params, const CUtensorMap& x_map,
+                              Dtype activation, int groups, cudaStream_t stream);
+
+}  // namespace marlin
