@@ -2,7 +2,7 @@
 // all tiles of the CTA's run, waits for a free stage, and fills its part of it:
 //
 //   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside
-//   warp 1      scales, by ordinary loads, one stage ahead
+//   warp 1      scales, 16 bytes a lane
 //   warps 2, 3  words, a piece for each row of tiles
 //
 // A predecessor in the stream may still be running when they start (programmatic dependent launch).
@@ -14,7 +14,9 @@
 #include "format/scale_order.h"
 #include "pipeline/elements.cuh"
 #include "pipeline/ring.cuh"
+#include "pipeline/scales.cuh"
 #include "ptx/bulk_copy.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warpgroup.cuh"
 
@@ -65,7 +67,7 @@ __device__ void prefetch_words(const LaunchParams& params, int run) {
 // Calls fill(slice, tile, slot) for every tile of the run, when its stage is free.
 template <Sm90Shape kShape, typename Fill>
 __device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& params, int run,
-                               const Fill& fill) {
+                               Fill&& fill) {
   RingPlace<kShape.stages, 1> place(0);
 #pragma unroll 1
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
@@ -108,9 +110,10 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
   });
 }
 
-// Scales as they are, or, where they will multiply weights, in the activations' type. There a weight
-// of up to eight scales must not overflow FP16: a stage with scales of 8192 or more gets an eighth of
-// each, and eight passes.
+// Scales come as they are. Where they will multiply weights, they are then put into the activations'
+// type, and a weight of up to eight scales must not overflow FP16: a stage with scales of 8192 or more
+// gets an eighth of each, and eight passes. So this warp hands a stage on kLag stages after it asked
+// for its scales: that is how long they may take.
 template <Sm90Shape kShape, typename Half, int kGroups>
 class ScaleFeed {
   static constexpr int kGroupRows = 128 / kGroups;
@@ -120,60 +123,73 @@ class ScaleFeed {
   static constexpr int kChunks = kStageGroups * kRowChunks;
   static constexpr int kPerLane = (kChunks + 31) / 32;
   static constexpr int kGroupStep = 32 / kRowChunks;  // from a lane's chunk to its next one
+  static constexpr int kLag = kShape.stages / 2;  // the rest is for consumers to hold
   static_assert(32 % kRowChunks == 0);
 
  public:
-  __device__ ScaleFeed(const LaunchParams& params, int run)
-      : gemm_(params.gemm),
-        row_tiles_(params.row_tiles),
-        lane_(threadIdx.x % 32),
-        ahead_(params.partition, run) {
-    seek();
-    load();
-  }
+  __device__ ScaleFeed(Sm90Shared<kShape>& shared, const GemmParams& gemm)
+      : shared_(shared), gemm_(gemm), lane_(threadIdx.x % 32) {}
 
-  // Stores a tile's scales, then loads the next one's.
-  __device__ void store(Sm90Shared<kShape>& shared, int slot) {
-    if constexpr (!kShape.scales_sums()) {
-      const int passes = prepare();
-      if (lane_ == 0) shared.passes[slot] = passes;
-    }
+  __device__ void operator()(const Slice& slice, int tile, int slot) {
+    const uint32_t pitch = static_cast<uint32_t>(gemm_.n / 8);
+    const uint32_t column = static_cast<uint32_t>(slice.strip) * 8 + lane_ % kRowChunks;
+    const uint32_t groups = column < pitch ? static_cast<uint32_t>(gemm_.k) / kGroupRows : 0;
+    const uint32_t first =
+        static_cast<uint32_t>(tile) * kShape.depth / kGroupRows + lane_ / kRowChunks;
+    const auto* scales = static_cast<const Chunk*>(gemm_.scales) + column;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int chunk = lane_ + 32 * i;
-      if (chunk < kChunks) (&shared.scales[slot][0][0][0])[chunk] = loaded_[i];
+      const uint32_t group = first + i * kGroupStep;
+      if (lane_ + 32 * i < kChunks)
+        ptx::cp_async(place(slot, i), scales + uint64_t{group} * pitch, group < groups);
     }
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(&shared.full[slot]);
-    load();
+    ptx::cp_async_commit();
+    if (asked_++ >= kLag) hand_on<kLag>();
+  }
+
+  __device__ void hand_on_the_rest() {
+    for (int left = asked_ < kLag ? asked_ : kLag; left > 0; --left) hand_on<0>();
   }
 
  private:
-  // To the segment that is ahead.
-  __device__ void seek() {
-    tile_ = ahead_->first;
-    const Slice slice(ahead_->slice, row_tiles_, kShape.rows, Sm90Shared<kShape>::kStrips);
-    column_ = static_cast<uint32_t>(slice.strip) * 8 + lane_ % kRowChunks;
+  __device__ Chunk* place(int slot, int i) {
+    return &shared_.scales[slot][0][0][0] + (lane_ + 32 * i);
   }
 
-  // Groups and columns that do not exist get zeros.
-  __device__ void load() {
-    if (!ahead_) return;
-    const uint32_t pitch = static_cast<uint32_t>(gemm_.n / 8);
-    const uint32_t groups = static_cast<uint32_t>(gemm_.k) / kGroupRows;
-    const uint32_t first = static_cast<uint32_t>(tile_) * kShape.depth / kGroupRows;
+  // The oldest stage, once at most kPending younger ones are under way.
+  template <int kPending>
+  __device__ void hand_on() {
+    ptx::cp_async_wait<kPending>();
+    if constexpr (!kShape.scales_sums()) prepare(oldest_.slot);
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(&shared_.full[oldest_.slot]);
+    oldest_.advance();
+  }
+
+  __device__ void prepare(int slot) {
+    bool large = false;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const uint32_t in_stage = lane_ / kRowChunks + i * kGroupStep;
-      const bool inside =
-          in_stage < kStageGroups && first + in_stage < groups && column_ < pitch;
-      loaded_[i] = inside ? static_cast<const Chunk*>(
-                              gemm_.scales)[uint64_t{first + in_stage} * pitch + column_]
-                        : Chunk{};
+      if (lane_ + 32 * i >= kChunks) continue;
+      const Chunk chunk = *place(slot, i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) large |= !(fabsf(scale_of(chunk, j)) < 8192.0f);
     }
-    if (++tile_ < ahead_->last) return;
-    ahead_.next();
-    if (ahead_) seek();
+    const bool eighths = std::is_same_v<Half, __half> && __any_sync(~0u, large);
+    if (lane_ == 0) shared_.passes[slot] = eighths ? 8 : 1;
+    const float factor = eighths ? 0.125f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane_ + 32 * i >= kChunks) continue;
+      Chunk chunk = *place(slot, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t low = half_bits<Half>(scale_of(chunk, 2 * j) * factor);
+        const uint32_t high = half_bits<Half>(scale_of(chunk, 2 * j + 1) * factor);
+        chunk.words[j] = low | high << 16;
+      }
+      *place(slot, i) = chunk;
+    }
   }
 
   __device__ float scale_of(const Chunk& chunk, int i) const {
@@ -181,30 +197,11 @@ class ScaleFeed {
                        gemm_.scale_dtype);
   }
 
-  __device__ int prepare() {
-    bool large = false;
-#pragma unroll
-    for (int i = 0; i < 8 * kPerLane; ++i)
-      large |= !(fabsf(scale_of(loaded_[i / 8], i % 8)) < 8192.0f);
-    const bool eighths = std::is_same_v<Half, __half> && __any_sync(~0u, large);
-    const float factor = eighths ? 0.125f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < 4 * kPerLane; ++i) {
-      Chunk& chunk = loaded_[i / 4];
-      const uint32_t low = half_bits<Half>(scale_of(chunk, 2 * (i % 4)) * factor);
-      const uint32_t high = half_bits<Half>(scale_of(chunk, 2 * (i % 4) + 1) * factor);
-      chunk.words[i % 4] = low | high << 16;
-    }
-    return eighths ? 8 : 1;
-  }
-
+  Sm90Shared<kShape>& shared_;
   const GemmParams& gemm_;
-  int row_tiles_;
   int lane_;
-  SegmentWalk ahead_;
-  int tile_;
-  uint32_t column_;  // chunk of a row of scales
-  Chunk loaded_[kPerLane];
+  int asked_ = 0;  // stages
+  RingPlace<kShape.stages, 1> oldest_{0};
 };
 
 template <typename Half, int kGroups, Sm90Shape kShape>
@@ -214,9 +211,9 @@ __device__ void feed(Sm90Shared<kShape>& shared, const LaunchParams& params,
   ptx::wait_for_predecessors();
   if (warp == 1) {
     if constexpr (kGroups > 0) {
-      ScaleFeed<kShape, Half, kGroups> scales(params, run);
-      for_each_stage<kShape>(shared, params, run,
-                             [&](const Slice&, int, int slot) { scales.store(shared, slot); });
+      ScaleFeed<kShape, Half, kGroups> scales(shared, params.gemm);
+      for_each_stage<kShape>(shared, params, run, scales);
+      scales.hand_on_the_rest();
     } else if (ptx::elect_one()) {
       for_each_stage<kShape>(shared, params, run, [&](const Slice&, int, int slot) {
         ptx::mbarrier_arrive(&shared.full[slot]);
