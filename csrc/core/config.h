@@ -105,6 +105,7 @@ inline constexpr std::array kSm90Shapes{
     NamedSm90Shape{"h8x128x256x2", {false, 8, 128, 256, 2, 4, 4, 2}},
     NamedSm90Shape{"h8x64x512x1", {false, 8, 64, 512, 1, 4, 4, 2}},
     NamedSm90Shape{"h16x256x128x2", {false, 16, 256, 128, 2, 4, 8}},
+    NamedSm90Shape{"h16x256x128x3", {false, 16, 256, 128, 3, 4, 9}},
     NamedSm90Shape{"h16x128x256x2", {false, 16, 128, 256, 2, 4, 6}},
     NamedSm90Shape{"h16x64x512x2", {false, 16, 64, 512, 2, 4, 4}},
     NamedSm90Shape{"h32x256x128x2", {true, 32, 256, 128, 2, 4, 6}},

@@ -47,6 +47,7 @@ struct LaunchParams {
   GemmParams gemm;
   Partition partition;  // slices: strips of columns, and within each the tiles of rows
   int row_tiles;
+  bool pairs;  // the two runs of every slice are a cluster (sm_90)
   Workspace workspace;
 };
 

@@ -52,14 +52,16 @@ cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size
 
 int64_t partials_bytes(const Problem& problem, const KernelConfig& config) {
   const Partition partition = partition_of(problem, config);
-  return shares_slices(partition) ? partition.runs * partial_bytes(config) : 0;
+  const bool needed = shares_slices(partition) && !in_pairs(config, partition);
+  return needed ? partition.runs * partial_bytes(config) : 0;
 }
 
 cudaError_t launch_engine(const GemmParams& gemm, const Problem& problem,
                           const KernelConfig& config, const Workspace& workspace,
                           cudaStream_t stream) {
-  const LaunchParams params{gemm, partition_of(problem, config),
-                            static_cast<int>(row_tiles(problem, config)), workspace};
+  const Partition partition = partition_of(problem, config);
+  const LaunchParams params{gemm, partition, static_cast<int>(row_tiles(problem, config)),
+                            in_pairs(config, partition), workspace};
   return config.engine == Engine::kSm80 ? launch_sm80(params, problem, config.shape, stream)
                                         : launch_sm90(params, problem, config.shape, stream);
 }

@@ -25,6 +25,11 @@ std::string config_name(const KernelConfig& config);  // "16x256x64x4@96"
 int64_t row_tiles(const Problem& problem, const KernelConfig& config);
 Partition partition_of(const Problem& problem, const KernelConfig& config);
 
+// Whether two runs share every slice, and their CTAs can add their sums without global memory.
+constexpr bool in_pairs(const KernelConfig& config, const Partition& partition) {
+  return config.engine == Engine::kSm90 && partition.runs == 2 * partition.slices;
+}
+
 // Whether any two runs touch the same slice.
 constexpr bool shares_slices(const Partition& partition) {
   return partition.slices % partition.runs != 0;

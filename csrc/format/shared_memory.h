@@ -49,7 +49,7 @@ struct Sm90Shared {
   static constexpr int kCopies = kShape.sets * kShape.parts();
   static constexpr int kTeamColumns = kShape.columns / kShape.teams();
   // Finished rows take turns; as many as leave room for the stages.
-  static constexpr int kTurnRows = kShape.rows >= 64 && kShape.sets > 1 ? 8
+  static constexpr int kTurnRows = (kShape.rows >= 64 && kShape.sets > 1) || kShape.sets > 2 ? 8
                                    : kShape.rows < 16                   ? kShape.rows
                                                                         : 16;
 
@@ -59,7 +59,8 @@ struct Sm90Shared {
   float sums[kShape.teams()][kCopies][kTurnRows][kTeamColumns + 4];
   uint64_t full[kShape.stages];   // mbarriers
   uint64_t empty[kShape.stages];
-  int passes[kShape.stages];  // over the stage (pipeline/feed.cuh)
+  uint64_t partner[kShape.teams()];  // the other CTA of a pair has done its part
+  int passes[kShape.stages];         // over the stage (pipeline/feed.cuh)
 };
 
 inline constexpr auto kSm90SharedBytes = []<size_t... kIndex>(std::index_sequence<kIndex...>) {

@@ -11,6 +11,7 @@
 #include "pipeline/ring.cuh"
 #include "pipeline/sums.cuh"
 #include "pipeline/weight_blocks.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace marlin {
@@ -125,9 +126,12 @@ class WgmmaConsumer {
     const int passes = kScaleWeights ? shared.passes[slot] : 1;
     for (int pass = 0; pass < passes; ++pass) {
       const uint64_t x = ptx::wgmma_descriptor(shared.activations[slot]);
+      Words<kCount> words = words_of(shared, slot, 0);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        multiply_tile(shared, slot, tile, x);
+        const Words<kCount> next = words_of(shared, slot, tile + 1 < kTiles ? tile + 1 : tile);
+        multiply_tile(shared, slot, tile, words, x);
+        words = next;
         if (tile == 0 && pass == 0) release(shared);
       }
     }
@@ -143,13 +147,17 @@ class WgmmaConsumer {
   }
 
  private:
-  __device__ void multiply_tile(Sm90Shared<kShape>& shared, int slot, int tile, uint64_t x) {
+  __device__ Words<kCount> words_of(const Sm90Shared<kShape>& shared, int slot, int tile) const {
+    const Chunk& chunk = shared.words[slot][tile][me_.first_block / kBlocks][me_.lane];
+    return reinterpret_cast<const Words<kCount>*>(&chunk)[me_.first_block % kBlocks / kCount];
+  }
+
+  __device__ void multiply_tile(const Sm90Shared<kShape>& shared, int slot, int tile,
+                                const Words<kCount>& words, uint64_t x) {
     constexpr int kPanelTiles = kPanelColumns / kTileRows;
     const uint64_t panel_bytes = kShape.rows * kSwizzleChunks * sizeof(Chunk);
     const uint64_t columns = x + tile / kPanelTiles * (panel_bytes / 16) + tile % kPanelTiles * 2;
     const int strip = me_.first_block / kBlocks, block_in_strip = me_.first_block % kBlocks;
-    const auto words = reinterpret_cast<const Words<kCount>*>(
-        &shared.words[slot][tile][strip][me_.lane])[block_in_strip / kCount];
     const bool first = kGroups > 0 && tile % kGroupTiles == 0;
     const Chunk& scales =
         shared.scales[slot][tile / kGroupTiles][strip][me_.fragment_column];
@@ -236,14 +244,19 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
 
     const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
     const SumsPlace target = me.sums_place();
-    const Sm90Handover<kShape> handover(params.workspace,
-                                        params.partition.sharing(run, segment->slice), run,
-                                        target.team);
-    finish_in_turns<Half, kGroups == 0, kShape>(
-        multiplier.sums, target, shared, params.gemm,
-        {slice.first_row, slice.strip * kTileColumns +
-                              target.team * Sm90Shared<kShape>::kTeamColumns},
-        handover);
+    const SliceOrigin origin{
+        slice.first_row,
+        slice.strip * kTileColumns + target.team * Sm90Shared<kShape>::kTeamColumns};
+    const Sharing sharing = params.partition.sharing(run, segment->slice);
+    constexpr bool kPerColumn = kGroups == 0;
+    if (params.pairs) {
+      finish_in_pairs<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
+                                                sharing.owner());
+    } else {
+      finish_in_turns<Half, kPerColumn, kShape>(
+          multiplier.sums, target, shared, params.gemm, origin,
+          Sm90Handover<kShape>(params.workspace, sharing, run, target.team));
+    }
   }
 }
 
@@ -267,15 +280,18 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(),
   auto& shared = *reinterpret_cast<Sm90Shared<kShape>*>(memory);
   const int run = run_of_block(params.partition);
 
-  prefetch_words<kShape>(params, run);
   if (threadIdx.x == 0) init_ring(shared, kProducers);
   __syncthreads();
+  if (params.pairs) ptx::cluster_arrive();  // the partner may reach for the barriers from here on
 
   if (threadIdx.x / 128 == kShape.consumers()) {
     ptx::give_registers<Registers<kShape>::kFeed>();
     feed<Half, kGroups>(shared, params, x_map, run);
+    if (params.pairs) ptx::cluster_wait();
   } else {
     ptx::take_registers<Registers<kShape>::kConsume>();
+    prefetch_words<kShape>(params, run);
+    if (params.pairs) ptx::cluster_wait();
     consume<Half, kGroups>(shared, params, run);
   }
 }

@@ -15,16 +15,18 @@ cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& 
   constexpr auto kKernel = sm90_kernel<kIndex, Half, kGroups>;
   if (const cudaError_t error = allow_shared_memory<kKernel>(kBytes); error != cudaSuccess)
     return error;
-  cudaLaunchAttribute chained{};
-  chained.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  chained.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = params.partition.runs;
   config.blockDim = kSm90Shapes[kIndex].shape.threads();
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  config.attrs = &chained;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = params.pairs ? 2 : 1;
   return cudaLaunchKernelEx(&config, kKernel, params, x_map);
 }
 

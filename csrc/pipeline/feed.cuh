@@ -46,10 +46,10 @@ struct WordPieces {
   }
 };
 
-// By all warps of the CTA, each a share of the first stages' words.
+// By the consumers, who have nothing to do yet: each warp a share of the first stages' words.
 template <Sm90Shape kShape>
 __device__ void prefetch_words(const LaunchParams& params, int run) {
-  constexpr int kWarps = kShape.threads() / 32;
+  constexpr int kWarps = 4 * kShape.consumers();
   const int warp = threadIdx.x / 32;
   if (!ptx::elect_one()) return;
   const SegmentWalk segment(params.partition, run);
