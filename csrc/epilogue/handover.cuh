@@ -22,8 +22,8 @@ template <int kRows, int kColumns, int kTeams = 1>
 class Handover {
  public:
   __device__ Handover(const Workspace& workspace, const Sharing& sharing, int run, int team = 0)
-      : partials_(static_cast<float*>(workspace.partials) + int64_t{run} * kElements +
-                  team * (kColumns / kTeams)),
+      : run_partials_(static_cast<float*>(workspace.partials) + int64_t{run} * kElements),
+        team_(team),
         counter_(workspace.counters + ((run - sharing.order) * kTeams + team)),
         sharing_(sharing) {}
 
@@ -43,6 +43,14 @@ class Handover {
   // what the barrier made its thread see, everybody's writes.
   __device__ void count_myself() const { ptx::add_release(counter_, 1); }
 
+  // The index-th four sums of a thread of the team, as its registers hold them.
+  __device__ void give_raw(int index, int thread, float4 sums) const {
+    __stcg(raw_place(0, index, thread), sums);
+  }
+  __device__ float4 take_raw(int other, int index, int thread) const {
+    return __ldcg(raw_place(other, index, thread));
+  }
+
   // Four neighbouring sums of a row of the slice.
   __device__ void give(int row, int column, float4 sums) const {
     __stcg(reinterpret_cast<float4*>(place(0, row, column)), sums);
@@ -54,11 +62,18 @@ class Handover {
  private:
   static constexpr int64_t kElements = kRows * kColumns;
 
-  __device__ float* place(int other, int row, int column) const {
-    return partials_ + other * kElements + row * kColumns + column;
+  __device__ float4* raw_place(int other, int index, int thread) const {
+    constexpr int kTeamThreads = 128;
+    return reinterpret_cast<float4*>(run_partials_ + other * kElements) +
+           (team_ * kElements / kTeams / 4 + index * kTeamThreads + thread);
   }
 
-  float* partials_;  // of this run
+  __device__ float* place(int other, int row, int column) const {
+    return run_partials_ + other * kElements + row * kColumns + team_ * (kColumns / kTeams) + column;
+  }
+
+  float* run_partials_;
+  int team_;
   uint32_t* counter_;
   Sharing sharing_;
 };

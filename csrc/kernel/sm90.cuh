@@ -249,13 +249,21 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
         slice.strip * kTileColumns + target.team * Sm90Shared<kShape>::kTeamColumns};
     const Sharing sharing = params.partition.sharing(run, segment->slice);
     constexpr bool kPerColumn = kGroups == 0;
-    if (params.pairs) {
+    const Sm90Handover<kShape> handover(params.workspace, sharing, run, target.team);
+    if constexpr (kShape.wgmma && kShape.sets == 1) {
+      const int64_t rows_left = params.gemm.m - slice.first_row;
+      const bool mine = params.pairs ? add_partner<kShape>(multiplier.sums, target, rows_left, shared,
+                                                           sharing.owner())
+                                     : add_others<kShape>(multiplier.sums, target, rows_left, handover);
+      if (mine)
+        finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
+                                                  NoHandover{});
+    } else if (params.pairs) {
       finish_in_pairs<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
                                                 sharing.owner());
     } else {
-      finish_in_turns<Half, kPerColumn, kShape>(
-          multiplier.sums, target, shared, params.gemm, origin,
-          Sm90Handover<kShape>(params.workspace, sharing, run, target.team));
+      finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
+                                                handover);
     }
   }
 }

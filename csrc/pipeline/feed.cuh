@@ -75,6 +75,8 @@ __device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& p
                       Sm90Shared<kShape>::kStrips);
 #pragma unroll 1
     for (int tile = segment->first; tile < segment->last; ++tile, place.advance()) {
+      if constexpr (requires { fill.before_wait(0, 0u); })
+        fill.before_wait(place.slot, place.parity ^ 1);
       ptx::mbarrier_wait(&shared.empty[place.slot], place.parity ^ 1);
       fill(slice, tile, place.slot);
     }
@@ -112,8 +114,8 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
 
 // Scales come as they are. Where they will multiply weights, they are then put into the activations'
 // type, and a weight of up to eight scales must not overflow FP16: a stage with scales of 8192 or more
-// gets an eighth of each, and eight passes. So this warp hands a stage on kLag stages after it asked
-// for its scales: that is how long they may take.
+// gets an eighth of each, and eight passes. So this warp sees every stage twice: it asks for scales as
+// far ahead as there are free stages, and hands a stage on when they are there.
 template <Sm90Shape kShape, typename Half, int kGroups>
 class ScaleFeed {
   static constexpr int kGroupRows = 128 / kGroups;
@@ -123,7 +125,6 @@ class ScaleFeed {
   static constexpr int kChunks = kStageGroups * kRowChunks;
   static constexpr int kPerLane = (kChunks + 31) / 32;
   static constexpr int kGroupStep = 32 / kRowChunks;  // from a lane's chunk to its next one
-  static constexpr int kLag = kShape.stages / 2;  // the rest is for consumers to hold
   static_assert(32 % kRowChunks == 0);
 
  public:
@@ -144,11 +145,16 @@ class ScaleFeed {
         ptx::cp_async(place(slot, i), scales + uint64_t{group} * pitch, group < groups);
     }
     ptx::cp_async_commit();
-    if (asked_++ >= kLag) hand_on<kLag>();
+    ++asked_;
+  }
+
+  // Instead of waiting for a free stage.
+  __device__ void before_wait(int slot, uint32_t parity) {
+    while (asked_ > 0 && !ptx::mbarrier_test(&shared_.empty[slot], parity)) hand_on();
   }
 
   __device__ void hand_on_the_rest() {
-    for (int left = asked_ < kLag ? asked_ : kLag; left > 0; --left) hand_on<0>();
+    while (asked_ > 0) hand_on();
   }
 
  private:
@@ -156,14 +162,22 @@ class ScaleFeed {
     return &shared_.scales[slot][0][0][0] + (lane_ + 32 * i);
   }
 
-  // The oldest stage, once at most kPending younger ones are under way.
-  template <int kPending>
+  // Waits for the oldest of kAsked stages, or of fewer.
+  template <int kAsked>
+  __device__ void await_oldest() {
+    if constexpr (kAsked > 1) {
+      if (asked_ < kAsked) return await_oldest<kAsked - 1>();
+    }
+    ptx::cp_async_wait<kAsked - 1>();
+  }
+
   __device__ void hand_on() {
-    ptx::cp_async_wait<kPending>();
+    await_oldest<kShape.stages>();
     if constexpr (!kShape.scales_sums()) prepare(oldest_.slot);
     __syncwarp();
     if (lane_ == 0) ptx::mbarrier_arrive(&shared_.full[oldest_.slot]);
     oldest_.advance();
+    --asked_;
   }
 
   __device__ void prepare(int slot) {
@@ -200,7 +214,7 @@ class ScaleFeed {
   Sm90Shared<kShape>& shared_;
   const GemmParams& gemm_;
   int lane_;
-  int asked_ = 0;  // stages
+  int asked_ = 0;  // stages that are under way
   RingPlace<kShape.stages, 1> oldest_{0};
 };
 

@@ -34,7 +34,22 @@ __device__ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
                : "memory");
 }
 
-// Waits until the phase of this parity (0 for the first) is complete.
+// Whether the phase of this parity (0 for the first) is complete.
+__device__ inline bool mbarrier_test(Mbarrier* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Waits until it is.
 __device__ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
