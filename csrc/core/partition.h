@@ -41,13 +41,27 @@ struct Partition {
   int64_t slices;
   int depth;  // tiles per slice
   int runs;
+  int64_t short_run;  // tiles of a run; the first `longer_runs` have one more
+  int longer_runs;
+
+  constexpr Partition(int64_t slices, int depth, int runs)
+      : slices(slices),
+        depth(depth),
+        runs(runs),
+        short_run(slices * depth / runs),
+        longer_runs(static_cast<int>(slices * depth % runs)) {}
 
   constexpr int64_t tiles() const { return slices * depth; }
-  constexpr int64_t run_begin(int run) const { return tiles() * run / runs; }
+  constexpr int64_t run_begin(int run) const {
+    return run * short_run + (run < longer_runs ? run : longer_runs);
+  }
 
-  // The run that holds a tile of the line: the last one that begins at or before it.
+  // The run that holds a tile of the line.
   constexpr int run_of(int64_t tile) const {
-    return static_cast<int>(((tile + 1) * runs - 1) / tiles());
+    const int64_t in_longer_runs = longer_runs * (short_run + 1);
+    return static_cast<int>(tile < in_longer_runs
+                                ? quotient(tile, short_run + 1)
+                                : longer_runs + quotient(tile - in_longer_runs, short_run));
   }
 
   constexpr Sharing sharing(int run, int64_t slice) const {
@@ -56,6 +70,12 @@ struct Partition {
   }
 
   constexpr bool operator==(const Partition&) const = default;
+
+  // GPUs divide 64-bit numbers slowly, and hardly any line is that long.
+  static constexpr int64_t quotient(int64_t a, int64_t b) {
+    const bool fit = (static_cast<uint64_t>(a) | static_cast<uint64_t>(b)) >> 32 == 0;
+    return fit ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+  }
 };
 
 // Walks over the segments of a run:  for (SegmentWalk walk(p, run); walk; walk.next()) *walk ...
@@ -64,8 +84,8 @@ class SegmentWalk {
   constexpr SegmentWalk(const Partition& partition, int run) : depth_(partition.depth), left_(0) {
     const int64_t begin = partition.run_begin(run);
     left_ = static_cast<int>(partition.run_begin(run + 1) - begin);
-    segment_.slice = begin / depth_;
-    segment_.first = static_cast<int>(begin % depth_);
+    segment_.slice = Partition::quotient(begin, depth_);
+    segment_.first = static_cast<int>(begin - segment_.slice * depth_);
     segment_.last = end_of(segment_.first);
   }
 

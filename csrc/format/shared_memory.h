@@ -59,6 +59,7 @@ struct Sm90Shared {
   float sums[kShape.teams()][kCopies][kTurnRows][kTeamColumns + 4];
   uint64_t full[kShape.stages];   // mbarriers
   uint64_t empty[kShape.stages];
+  uint64_t scales_full[kShape.stages];
   uint64_t partner[kShape.teams()];  // the other CTA of a pair has done its part
   int passes[kShape.stages];         // over the stage (pipeline/feed.cuh)
 };

@@ -16,12 +16,17 @@
 
 namespace marlin {
 
+// The thread's warp, as a number that the compiler knows to be the same for the whole warp.
+__device__ inline int uniform_warp() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
+}
+
 // A consumer thread's place.
 template <Sm90Shape kShape>
 struct Consumer {
   int lane = threadIdx.x % 32;
-  int warp = threadIdx.x / 32 % 4;  // of its warpgroup
-  int warpgroup = threadIdx.x / 128;
+  int warpgroup;
+  int warp;  // of its warpgroup
   int set = warpgroup / kShape.set_warpgroups();
   // Its first block of 16 columns of the CTA, and which 128 rows of a stage are its own.
   int first_block = kShape.wgmma
@@ -30,7 +35,8 @@ struct Consumer {
   int part = kShape.wgmma ? 0 : warp / Sm90Shared<kShape>::kStrips;
   int fragment_column = lane / 4;
 
-  __device__ Consumer() {}
+  // `cta_warp`: uniform.
+  __device__ explicit Consumer(int cta_warp) : warpgroup(cta_warp / 4), warp(cta_warp % 4) {}
 
   __device__ SumsPlace sums_place() const {
     constexpr int kTeamThreads = 128 * kShape.consumers() / kShape.teams();
@@ -114,7 +120,7 @@ class WgmmaConsumer {
   // Rows of tiles that share a scale, at most a stage.
   static constexpr int kGroupTiles =
       kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1) : kTiles;
-  static constexpr int kPending = kCount > 1 ? kCount : 2;  // products under way
+  static constexpr int kPending = kCount > 2 ? kCount : 2 * kCount;  // products under way
 
  public:
   Sums<kBatches, kCount> sums;
@@ -224,10 +230,11 @@ class WgmmaConsumer {
 // ------------------------------------------------------------------------------ the kernel
 
 template <typename Half, int kGroups, Sm90Shape kShape>
-__device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, int run) {
+__device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, int warp,
+                        int run) {
   using Multiplier = std::conditional_t<kShape.wgmma, WgmmaConsumer<Half, kGroups, kShape>,
                                         MmaConsumer<Half, kGroups, kShape>>;
-  const Consumer<kShape> me;
+  const Consumer<kShape> me(warp);
   RingPlace<kShape.stages, kShape.sets> place(me.set);
   int until_mine = me.set;  // tiles of the run before this set's next one
 #pragma unroll 1
@@ -288,19 +295,20 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(),
   auto& shared = *reinterpret_cast<Sm90Shared<kShape>*>(memory);
   const int run = run_of_block(params.partition);
 
-  if (threadIdx.x == 0) init_ring(shared, kProducers);
+  const int warp = uniform_warp();
+  if (threadIdx.x == 0) init_ring(shared, kProducers<kShape, kGroups>);
   __syncthreads();
   if (params.pairs) ptx::cluster_arrive();  // the partner may reach for the barriers from here on
 
-  if (threadIdx.x / 128 == kShape.consumers()) {
+  if (warp / 4 == kShape.consumers()) {
     ptx::give_registers<Registers<kShape>::kFeed>();
-    feed<Half, kGroups>(shared, params, x_map, run);
+    feed<Half, kGroups>(shared, params, x_map, warp % 4, run);
     if (params.pairs) ptx::cluster_wait();
   } else {
     ptx::take_registers<Registers<kShape>::kConsume>();
-    prefetch_words<kShape>(params, run);
+    prefetch_words<kShape>(params, warp, run);
     if (params.pairs) ptx::cluster_wait();
-    consume<Half, kGroups>(shared, params, run);
+    consume<Half, kGroups>(shared, params, warp, run);
   }
 }
 

@@ -32,6 +32,9 @@ __device__ inline uint16_t half_bits(__nv_bfloat16, float value) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+__device__ constexpr Dtype dtype_of(__half) { return Dtype::kF16; }
+__device__ constexpr Dtype dtype_of(__nv_bfloat16) { return Dtype::kBF16; }
+
 // The bits of `value` rounded to Half.
 template <typename Half>
 __device__ inline uint16_t half_bits(float value) {

@@ -1,8 +1,9 @@
-// The producers of the sm_90 engine: what the four warps of the feeding warpgroup do. Each walks over
-// all tiles of the CTA's run, waits for a free stage, and fills its part of it:
+// The producers of the sm_90 engine: what the four warps of the feeding warpgroup do. They walk over
+// all tiles of the CTA's run, wait for a free stage, and fill their part of it:
 //
-//   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside
-//   warp 1      scales, 16 bytes a lane
+//   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside; scales,
+//               a piece for each group
+//   warp 1      makes scales ready that will multiply weights
 //   warps 2, 3  words, a piece for each row of tiles
 //
 // A predecessor in the stream may still be running when they start (programmatic dependent launch).
@@ -16,14 +17,20 @@
 #include "pipeline/ring.cuh"
 #include "pipeline/scales.cuh"
 #include "ptx/bulk_copy.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warpgroup.cuh"
 
 namespace marlin {
 
 inline constexpr int kWordWarps = 2;
-inline constexpr int kProducers = 2 + kWordWarps;  // arrivals that fill a stage
+
+// Whether a stage's scales are not ready as they come.
+template <Sm90Shape kShape, int kGroups>
+inline constexpr bool kPrepareScales = kGroups > 0 && !kShape.scales_sums();
+
+// Arrivals that fill a stage.
+template <Sm90Shape kShape, int kGroups>
+inline constexpr int kProducers = 1 + kWordWarps + (kPrepareScales<kShape, kGroups> ? 1 : 0);
 
 // The part of a stage of W that exists: whole tiles.
 template <Sm90Shape kShape>
@@ -48,9 +55,8 @@ struct WordPieces {
 
 // By the consumers, who have nothing to do yet: each warp a share of the first stages' words.
 template <Sm90Shape kShape>
-__device__ void prefetch_words(const LaunchParams& params, int run) {
+__device__ void prefetch_words(const LaunchParams& params, int warp, int run) {
   constexpr int kWarps = 4 * kShape.consumers();
-  const int warp = threadIdx.x / 32;
   if (!ptx::elect_one()) return;
   const SegmentWalk segment(params.partition, run);
   const Slice slice(segment->slice, params.row_tiles, kShape.rows,
@@ -64,37 +70,75 @@ __device__ void prefetch_words(const LaunchParams& params, int run) {
   }
 }
 
-// Calls fill(slice, tile, slot) for every tile of the run, when its stage is free.
+// Calls fill(slice, tile, slot) for every tile of the run, when its stage is free and what came before
+// this kernel is done.
 template <Sm90Shape kShape, typename Fill>
 __device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& params, int run,
-                               Fill&& fill) {
+                               const Fill& fill) {
   RingPlace<kShape.stages, 1> place(0);
+  SegmentWalk segment(params.partition, run);
+  ptx::wait_for_predecessors();
 #pragma unroll 1
-  for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
+  for (; segment; segment.next()) {
     const Slice slice(segment->slice, params.row_tiles, kShape.rows,
                       Sm90Shared<kShape>::kStrips);
 #pragma unroll 1
     for (int tile = segment->first; tile < segment->last; ++tile, place.advance()) {
-      if constexpr (requires { fill.before_wait(0, 0u); })
-        fill.before_wait(place.slot, place.parity ^ 1);
       ptx::mbarrier_wait(&shared.empty[place.slot], place.parity ^ 1);
       fill(slice, tile, place.slot);
     }
   }
 }
 
-template <Sm90Shape kShape>
-__device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams& params,
-                                 const CUtensorMap& x_map, int run) {
+// The groups of a stage: one also where a group is longer than a stage.
+template <Sm90Shape kShape, int kGroups>
+struct StageGroups {
+  static constexpr int kGroupRows = kGroups > 0 ? 128 / kGroups : 0;
+  static constexpr int kCount =
+      kGroups == 0 ? 0 : (kShape.depth > kGroupRows ? kShape.depth / kGroupRows : 1);
+};
+
+template <int kGroups, Sm90Shape kShape>
+__device__ void feed_activations_and_scales(Sm90Shared<kShape>& shared, const LaunchParams& params,
+                                            const CUtensorMap& x_map, int run) {
+  using Groups = StageGroups<kShape, kGroups>;
   constexpr int kPanels = Sm90Shared<kShape>::kPanels;
   constexpr int kBytes = kPanels * kShape.rows * kSwizzleChunks * static_cast<int>(sizeof(Chunk));
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
-    ptx::mbarrier_arrive_expect(&shared.full[slot], kBytes);
+    const GemmParams& gemm = params.gemm;
+    int scale_bytes = 0;  // of a group
+    int groups = 0;
+    int64_t group = 0;
+    if constexpr (kGroups > 0) {
+      constexpr int kStrips = Sm90Shared<kShape>::kStrips;
+      const int64_t strips_left = gemm.n / kTileColumns - slice.strip;
+      scale_bytes = static_cast<int>(strips_left < kStrips ? strips_left : kStrips) * 128;
+      group = int64_t{tile} * kShape.depth / Groups::kGroupRows;
+      const int64_t groups_left = gemm.k / Groups::kGroupRows - group;
+      groups = static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
+      for (int i = groups; i < Groups::kCount; ++i)  // past the end of W, where X is zero
+        for (int chunk = 0; chunk < 8 * kStrips; ++chunk)
+          (&shared.scales[slot][i][0][0])[chunk] = Chunk{};
+    }
+    ptx::Mbarrier* scales_full = &shared.full[slot];
+    if constexpr (kPrepareScales<kShape, kGroups>) {
+      scales_full = &shared.scales_full[slot];
+      ptx::mbarrier_arrive_expect(scales_full, groups * scale_bytes);
+      ptx::mbarrier_arrive_expect(&shared.full[slot], kBytes);
+    } else {
+      ptx::mbarrier_arrive_expect(&shared.full[slot], kBytes + groups * scale_bytes);
+    }
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       ptx::tensor_copy(shared.activations[slot][panel], &x_map,
                        tile * kShape.depth + panel * kPanelColumns,
                        static_cast<int>(slice.first_row), &shared.full[slot]);
+    const auto* scales = static_cast<const uint16_t*>(gemm.scales) + group * gemm.n +
+                         slice.strip * kTileColumns;
+#pragma unroll
+    for (int i = 0; i < Groups::kCount; ++i)
+      if (i < groups)
+        ptx::bulk_copy(shared.scales[slot][i], scales + i * gemm.n, scale_bytes, scales_full);
   });
 }
 
@@ -112,133 +156,65 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
   });
 }
 
-// Scales come as they are. Where they will multiply weights, they are then put into the activations'
-// type, and a weight of up to eight scales must not overflow FP16: a stage with scales of 8192 or more
-// gets an eighth of each, and eight passes. So this warp sees every stage twice: it asks for scales as
-// far ahead as there are free stages, and hands a stage on when they are there.
-template <Sm90Shape kShape, typename Half, int kGroups>
-class ScaleFeed {
-  static constexpr int kGroupRows = 128 / kGroups;
-  // Of a stage; one also where a group is longer than a stage.
-  static constexpr int kStageGroups = kShape.depth > kGroupRows ? kShape.depth / kGroupRows : 1;
-  static constexpr int kRowChunks = kShape.columns / 8;
-  static constexpr int kChunks = kStageGroups * kRowChunks;
-  static constexpr int kPerLane = (kChunks + 31) / 32;
-  static constexpr int kGroupStep = 32 / kRowChunks;  // from a lane's chunk to its next one
-  static_assert(32 % kRowChunks == 0);
-
- public:
-  __device__ ScaleFeed(Sm90Shared<kShape>& shared, const GemmParams& gemm)
-      : shared_(shared), gemm_(gemm), lane_(threadIdx.x % 32) {}
-
-  __device__ void operator()(const Slice& slice, int tile, int slot) {
-    const uint32_t pitch = static_cast<uint32_t>(gemm_.n / 8);
-    const uint32_t column = static_cast<uint32_t>(slice.strip) * 8 + lane_ % kRowChunks;
-    const uint32_t groups = column < pitch ? static_cast<uint32_t>(gemm_.k) / kGroupRows : 0;
-    const uint32_t first =
-        static_cast<uint32_t>(tile) * kShape.depth / kGroupRows + lane_ / kRowChunks;
-    const auto* scales = static_cast<const Chunk*>(gemm_.scales) + column;
+// Puts scales that will multiply weights into the activations' type. A weight of up to eight scales must
+// not overflow FP16: a stage with scales of 8192 or more gets an eighth of each, and eight passes.
+template <typename Half, int kGroups, Sm90Shape kShape>
+__device__ void prepare_scales(Sm90Shared<kShape>& shared, Dtype dtype, int slot) {
+  constexpr int kChunks = StageGroups<kShape, kGroups>::kCount * kShape.columns / 8;
+  const int lane = threadIdx.x % 32;
+  Chunk* chunks = &shared.scales[slot][0][0][0];
+  auto scale_of = [&](const Chunk& chunk, int i) {
+    return scale_value(static_cast<uint16_t>(chunk.words[i / 2] >> (16 * (i % 2))), dtype);
+  };
+  bool large = false;
+  for (int i = lane; i < kChunks; i += 32) {
+    const Chunk chunk = chunks[i];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const uint32_t group = first + i * kGroupStep;
-      if (lane_ + 32 * i < kChunks)
-        ptx::cp_async(place(slot, i), scales + uint64_t{group} * pitch, group < groups);
+    for (int j = 0; j < 8; ++j) large |= !(fabsf(scale_of(chunk, j)) < 8192.0f);
+  }
+  const bool eighths = std::is_same_v<Half, __half> && __any_sync(~0u, large);
+  if (lane == 0) shared.passes[slot] = eighths ? 8 : 1;
+  const bool as_they_are = !eighths && dtype == dtype_of(Half{});
+  if (as_they_are) return;
+  const float factor = eighths ? 0.125f : 1.0f;
+  for (int i = lane; i < kChunks; i += 32) {
+    Chunk chunk = chunks[i];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = half_bits<Half>(scale_of(chunk, 2 * j) * factor);
+      const uint32_t high = half_bits<Half>(scale_of(chunk, 2 * j + 1) * factor);
+      chunk.words[j] = low | high << 16;
     }
-    ptx::cp_async_commit();
-    ++asked_;
+    chunks[i] = chunk;
   }
+}
 
-  // Instead of waiting for a free stage.
-  __device__ void before_wait(int slot, uint32_t parity) {
-    while (asked_ > 0 && !ptx::mbarrier_test(&shared_.empty[slot], parity)) hand_on();
-  }
-
-  __device__ void hand_on_the_rest() {
-    while (asked_ > 0) hand_on();
-  }
-
- private:
-  __device__ Chunk* place(int slot, int i) {
-    return &shared_.scales[slot][0][0][0] + (lane_ + 32 * i);
-  }
-
-  // Waits for the oldest of kAsked stages, or of fewer.
-  template <int kAsked>
-  __device__ void await_oldest() {
-    if constexpr (kAsked > 1) {
-      if (asked_ < kAsked) return await_oldest<kAsked - 1>();
-    }
-    ptx::cp_async_wait<kAsked - 1>();
-  }
-
-  __device__ void hand_on() {
-    await_oldest<kShape.stages>();
-    if constexpr (!kShape.scales_sums()) prepare(oldest_.slot);
+template <typename Half, int kGroups, Sm90Shape kShape>
+__device__ void prepare_all_scales(Sm90Shared<kShape>& shared, const LaunchParams& params,
+                                   int run) {
+  RingPlace<kShape.stages, 1> place(0);
+  const int64_t tiles = params.partition.run_begin(run + 1) - params.partition.run_begin(run);
+#pragma unroll 1
+  for (int64_t i = 0; i < tiles; ++i, place.advance()) {
+    ptx::mbarrier_wait(&shared.scales_full[place.slot], place.parity);
+    prepare_scales<Half, kGroups>(shared, params.gemm.scale_dtype, place.slot);
     __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(&shared_.full[oldest_.slot]);
-    oldest_.advance();
-    --asked_;
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.full[place.slot]);
   }
-
-  __device__ void prepare(int slot) {
-    bool large = false;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (lane_ + 32 * i >= kChunks) continue;
-      const Chunk chunk = *place(slot, i);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) large |= !(fabsf(scale_of(chunk, j)) < 8192.0f);
-    }
-    const bool eighths = std::is_same_v<Half, __half> && __any_sync(~0u, large);
-    if (lane_ == 0) shared_.passes[slot] = eighths ? 8 : 1;
-    const float factor = eighths ? 0.125f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (lane_ + 32 * i >= kChunks) continue;
-      Chunk chunk = *place(slot, i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t low = half_bits<Half>(scale_of(chunk, 2 * j) * factor);
-        const uint32_t high = half_bits<Half>(scale_of(chunk, 2 * j + 1) * factor);
-        chunk.words[j] = low | high << 16;
-      }
-      *place(slot, i) = chunk;
-    }
-  }
-
-  __device__ float scale_of(const Chunk& chunk, int i) const {
-    return scale_value(static_cast<uint16_t>(chunk.words[i / 2] >> (16 * (i % 2))),
-                       gemm_.scale_dtype);
-  }
-
-  Sm90Shared<kShape>& shared_;
-  const GemmParams& gemm_;
-  int lane_;
-  int asked_ = 0;  // stages that are under way
-  RingPlace<kShape.stages, 1> oldest_{0};
-};
+}
 
 template <typename Half, int kGroups, Sm90Shape kShape>
 __device__ void feed(Sm90Shared<kShape>& shared, const LaunchParams& params,
-                     const CUtensorMap& x_map, int run) {
-  const int warp = threadIdx.x / 32 % 4;
-  ptx::wait_for_predecessors();
+                     const CUtensorMap& x_map, int warp, int run) {
   if (warp == 1) {
-    if constexpr (kGroups > 0) {
-      ScaleFeed<kShape, Half, kGroups> scales(shared, params.gemm);
-      for_each_stage<kShape>(shared, params, run, scales);
-      scales.hand_on_the_rest();
-    } else if (ptx::elect_one()) {
-      for_each_stage<kShape>(shared, params, run, [&](const Slice&, int, int slot) {
-        ptx::mbarrier_arrive(&shared.full[slot]);
-      });
-    }
+    if constexpr (kPrepareScales<kShape, kGroups>)
+      prepare_all_scales<Half, kGroups>(shared, params, run);
   } else if (ptx::elect_one()) {
-    if (warp == 0) feed_activations<kShape>(shared, params, x_map, run);
+    if (warp == 0) feed_activations_and_scales<kGroups>(shared, params, x_map, run);
     else feed_words<kShape>(shared, params, run, warp - 2);
+    // The next kernel may start: it finds its place when this CTA goes.
+    ptx::launch_dependents();
   }
-  // The next kernel may start: it finds its place when this CTA goes.
-  ptx::launch_dependents();
 }
 
 }  // namespace marlin
