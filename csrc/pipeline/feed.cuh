@@ -116,8 +116,9 @@ __device__ void feed_activations_and_scales(Sm90Shared<kShape>& shared, const La
       group = int64_t{tile} * kShape.depth / Groups::kGroupRows;
       const int64_t groups_left = gemm.k / Groups::kGroupRows - group;
       groups = static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
-      for (int i = groups; i < Groups::kCount; ++i)  // past the end of W, where X is zero
-        for (int chunk = 0; chunk < 8 * kStrips; ++chunk)
+      // Past the end of W, where words are anything.
+      for (int i = 0; i < Groups::kCount; ++i)
+        for (int chunk = i < groups ? scale_bytes / 16 : 0; chunk < 8 * kStrips; ++chunk)
           (&shared.scales[slot][i][0][0])[chunk] = Chunk{};
     }
     ptx::Mbarrier* scales_full = &shared.full[slot];
