@@ -27,7 +27,7 @@ struct Consumer {
   int lane = threadIdx.x % 32;
   int warpgroup;
   int warp;  // of its warpgroup
-  int set = warpgroup / kShape.set_warpgroups();
+  int set = kShape.sets == 1 ? 0 : warpgroup / kShape.set_warpgroups();
   // Its first block of 16 columns of the CTA, and which 128 rows of a stage are its own.
   int first_block = kShape.wgmma
                         ? (warpgroup % kShape.set_warpgroups() * 4 + warp) * kShape.blocks
@@ -126,21 +126,26 @@ class WgmmaConsumer {
   Sums<kBatches, kCount> sums;
 
   __device__ WgmmaConsumer(const Consumer<kShape>& me, Dtype scale_dtype)
-      : me_(me), scale_dtype_(scale_dtype) {}
+      : me_(me), scale_dtype_(scale_dtype) {
+    const int strip = me.first_block / kBlocks, block = me.first_block % kBlocks;
+    words_at_ = in_a_register((strip * 32 + me.lane) * sizeof(Chunk) + block * 4);
+    scales_at_ = in_a_register((strip * 8 + me.fragment_column) * sizeof(Chunk) + block * 4);
+  }
 
   __device__ void multiply_stage(Sm90Shared<kShape>& shared, int slot) {
+    const uint64_t x = ptx::wgmma_descriptor(shared.activations[slot]);
+    Words<kCount> words = words_of(shared, slot, 0);
     const int passes = kScaleWeights ? shared.passes[slot] : 1;
-    for (int pass = 0; pass < passes; ++pass) {
-      const uint64_t x = ptx::wgmma_descriptor(shared.activations[slot]);
-      Words<kCount> words = words_of(shared, slot, 0);
+    int pass = 0;
+    do {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const Words<kCount> next = words_of(shared, slot, tile + 1 < kTiles ? tile + 1 : tile);
+        const Words<kCount> next = words_of(shared, slot, (tile + 1) % kTiles);
         multiply_tile(shared, slot, tile, words, x);
         words = next;
         if (tile == 0 && pass == 0) release(shared);
       }
-    }
+    } while (++pass < passes);
     held_ = slot;
   }
 
@@ -153,26 +158,34 @@ class WgmmaConsumer {
   }
 
  private:
+  // Offsets that do not change are not worth working out again for every stage.
+  static __device__ uint32_t in_a_register(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+  }
+
   __device__ Words<kCount> words_of(const Sm90Shared<kShape>& shared, int slot, int tile) const {
-    const Chunk& chunk = shared.words[slot][tile][me_.first_block / kBlocks][me_.lane];
-    return reinterpret_cast<const Words<kCount>*>(&chunk)[me_.first_block % kBlocks / kCount];
+    const auto* bytes = reinterpret_cast<const char*>(shared.words[slot][tile]);
+    return *reinterpret_cast<const Words<kCount>*>(bytes + words_at_);
+  }
+
+  __device__ Words<kCount> scales_of(const Sm90Shared<kShape>& shared, int slot, int group) const {
+    const auto* bytes = reinterpret_cast<const char*>(shared.scales[slot][group]);
+    return *reinterpret_cast<const Words<kCount>*>(bytes + scales_at_);
   }
 
   __device__ void multiply_tile(const Sm90Shared<kShape>& shared, int slot, int tile,
                                 const Words<kCount>& words, uint64_t x) {
     constexpr int kPanelTiles = kPanelColumns / kTileRows;
-    const uint64_t panel_bytes = kShape.rows * kSwizzleChunks * sizeof(Chunk);
-    const uint64_t columns = x + tile / kPanelTiles * (panel_bytes / 16) + tile % kPanelTiles * 2;
-    const int strip = me_.first_block / kBlocks, block_in_strip = me_.first_block % kBlocks;
+    constexpr uint64_t kPanelBytes = kShape.rows * kSwizzleChunks * sizeof(Chunk);
+    const uint64_t columns = x + tile / kPanelTiles * (kPanelBytes / 16) + tile % kPanelTiles * 2;
     const bool first = kGroups > 0 && tile % kGroupTiles == 0;
-    const Chunk& scales =
-        shared.scales[slot][tile / kGroupTiles][strip][me_.fragment_column];
-    if constexpr (kScaleWeights)
-      if (first) pair_scales_.load(scales, block_in_strip);
-    if constexpr (kScaleSums) {
-      if (first) {
+    if (first) {
+      const Words<kCount> scales = scales_of(shared, slot, tile / kGroupTiles);
+      if constexpr (kScaleWeights) pair_scales_ = PairScales<Half, kCount>(scales);
+      if constexpr (kScaleSums) {
         add_product();
-        set_scales(reinterpret_cast<const Words<kCount>*>(&scales)[block_in_strip / kCount]);
+        set_scales(scales);
       }
     }
 #pragma unroll
@@ -221,6 +234,8 @@ class WgmmaConsumer {
   struct Nothing {};
   const Consumer<kShape>& me_;
   Dtype scale_dtype_;
+  uint32_t words_at_;   // of this thread, in bytes, in a row of tiles
+  uint32_t scales_at_;  // and in a group
   int held_ = -1;  // the stage before, which products under way still read
   Sums<kScaleSums ? kBatches : 1, kScaleSums ? kCount : 1> product_;  // of the current group
   float sum_scales_[2 * kCount] = {};                                 // its scales

@@ -74,7 +74,7 @@ __device__ void prefetch_words(const LaunchParams& params, int warp, int run) {
 // this kernel is done.
 template <Sm90Shape kShape, typename Fill>
 __device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& params, int run,
-                               const Fill& fill) {
+                               Fill&& fill) {
   RingPlace<kShape.stages, 1> place(0);
   SegmentWalk segment(params.partition, run);
   ptx::wait_for_predecessors();
@@ -146,14 +146,24 @@ __device__ void feed_activations_and_scales(Sm90Shared<kShape>& shared, const La
 template <Sm90Shape kShape>
 __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& params, int run,
                            int part) {
+  constexpr int kMine = Sm90Shared<kShape>::kTiles / kWordWarps;  // rows of tiles of a whole stage
+  const int64_t pitch = words_in_tile_row(params.gemm.n) * kWordWarps;
+  const uint32_t* next = nullptr;  // piece, if the tile is the one after the last
+  int last_tile = -1, bytes = 0;
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
-    const WordPieces<kShape> pieces(params.gemm, slice.strip, tile);
-    const int mine = (pieces.rows - part + kWordWarps - 1) / kWordWarps;
-    ptx::mbarrier_arrive_expect(&shared.full[slot], mine * pieces.bytes);
-    const uint32_t* piece = pieces.first + part * pieces.pitch;
-#pragma unroll 4
-    for (int row = part; row < pieces.rows; row += kWordWarps, piece += kWordWarps * pieces.pitch)
-      ptx::bulk_copy(shared.words[slot][row], piece, pieces.bytes, &shared.full[slot]);
+    int mine = kMine;
+    if (tile != last_tile + 1 || tile == 0 || tile + 1 == params.partition.depth) {
+      const WordPieces<kShape> pieces(params.gemm, slice.strip, tile);
+      next = pieces.first + part * pieces.pitch;
+      bytes = pieces.bytes;
+      mine = (pieces.rows - part + kWordWarps - 1) / kWordWarps;
+    }
+    last_tile = tile;
+    ptx::mbarrier_arrive_expect(&shared.full[slot], mine * bytes);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i, next += pitch)
+      if (i < mine)
+        ptx::bulk_copy(shared.words[slot][part + i * kWordWarps], next, bytes, &shared.full[slot]);
   });
 }
 

@@ -19,8 +19,8 @@ template <typename Half, int kCount>
 struct PairScales {
   uint32_t pairs[2 * kCount];  // [2 block + half], as in ScaleFragment
 
-  __device__ void load(const Chunk& halves, int first_block) {
-    const auto words = reinterpret_cast<const Words<kCount>*>(&halves)[first_block / kCount];
+  PairScales() = default;
+  __device__ explicit PairScales(const Words<kCount>& words) {
 #pragma unroll
     for (int block = 0; block < kCount; ++block) {
       pairs[2 * block] = __byte_perm(words.words[block], 0, 0x1010);

@@ -45,14 +45,14 @@ __device__ inline void mbarrier_arrive_remote(Mbarrier* barrier, uint32_t rank) 
       : "memory");
 }
 
-// mbarrier_wait for arrivals from other CTAs.
+// mbarrier_wait for arrivals from other CTAs: what they have seen is visible, too. An acquire of the
+// cluster empties L1, so it comes once, when it is known to succeed.
 __device__ inline void mbarrier_wait_remote(Mbarrier* barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "wait:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait;\n"
+      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");

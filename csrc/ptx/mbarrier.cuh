@@ -34,31 +34,18 @@ __device__ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
                : "memory");
 }
 
-// Whether the phase of this parity (0 for the first) is complete.
-__device__ inline bool mbarrier_test(Mbarrier* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// Waits until it is.
+// Waits until the phase of this parity (0 for the first) is complete. The hint lets a thread sleep for so many ns instead of asking again and again,
+// which would take issue slots and power from the others.
 __device__ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+  constexpr uint32_t kSleep = 10'000'000;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "wait:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
       "@!done bra wait;\n"
       "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "r"(parity), "r"(kSleep)
       : "memory");
 }
 
