@@ -1,0 +1,6 @@
+#include "kernel/sm90_launch.cuh"
+
+namespace marlin {
+template cudaError_t launch_sm90_shape<sm90_index("h8x256x128x2d")>(const LaunchParams&, const CUtensorMap&,
+                                                             Dtype, int, cudaStream_t);
+}  // namespace marlin
