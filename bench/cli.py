@@ -97,6 +97,16 @@ def add_call(commands) -> None:
     parser.set_defaults(module="call")
 
 
+def add_tune(commands) -> None:
+    parser = commands.add_parser("tune", help="find the fastest sm_90 configurations")
+    add_common(parser, quick="two batch sizes")
+    parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
+    parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
+    parser.add_argument("--write", nargs="?", const="csrc/dispatch/sm90_table.inl", metavar="FILE",
+                        help="also write the selection table (default: where it is compiled)")  # fmt: skip
+    parser.set_defaults(module="tune")
+
+
 def add_plot(commands) -> None:
     parser = commands.add_parser("plot", help="draw a gemm result: speed-up, percent of floor")
     parser.add_argument("results", type=Path, nargs="*", metavar="gemm.json",
@@ -108,7 +118,7 @@ def add_plot(commands) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_plot):
+    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_tune, add_plot):
         add(commands)
     return parser
 

@@ -167,8 +167,8 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
       }
     }
     ptx::mbarrier_arrive_expect(&shared.full[slot], kTiles / kWordWarps * bytes);
-#pragma unroll
-    for (int i = 0; i < kTiles; i += kWordWarps) copy_row(i + part);
+#pragma unroll 4
+    for (int row = part; row < kTiles; row += kWordWarps) copy_row(row);
     first += kTiles * pitch;
   });
 }
