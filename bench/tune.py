@@ -11,13 +11,12 @@ import torch
 
 from bench.cell import capture_path, our_path
 from bench.incumbents import incumbents_on
-from bench.machine import ROOT, describe_run
+from bench.machine import describe_run
 from bench.pools import Pools
 from bench.report import number, table, write_result
 from marlin import host
 from marlin.testing.shapes import MODELS
 from marlin.testing.timing import Rates, floor_us, known_rates, time_graph
-
 
 # A row of the table holds up to its batch size; the first stands for decoding one token, too.
 ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096)
@@ -76,8 +75,8 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
 def table_text(cells: list[dict], head: dict) -> str:
     """The C++ rows, each with its evidence."""
     lines = [
-        f"// {head['device']['name']}, {head['time'][:10]}, commit {head['commit']}: written by",
-        "// `python -m bench tune --write`. Columns: k, n, m up to, shape, runs; us, and the next best.",
+        f"// {head['device']['name']}, {head['date'][:10]}, commit {head['commit']}: written by",
+        "// `python -m bench tune --write`. k, n, m up to, shape, runs; us, and the next best.",
     ]
     for cell in cells:
         (best, us), *others = cell["us"].items()
