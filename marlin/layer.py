@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from marlin import ops
+from marlin.quantized import Quantized, row_groups
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -37,6 +38,9 @@ def resolve_group_size(in_features: int, group_size: int) -> int:
 class PackedModule(nn.Module):
     """What every layer with packed weights shares: buffers `B` (words) and `s` (scales).
 
+    Two more are None unless a `MarlinLinear` has them, and then in the state dict too: `zeros`
+    (zero points) and `perm` (the order in which `B` holds the rows of the weight).
+
     Casting a model (`.half()`, `.bfloat16()`, `.float()`, `.to(dtype)`) leaves `s` alone. The
     kernels take FP16 and BF16 scales whatever the activations are, a cast would only round
     them, and FP32 scales would be useless. Moves between devices work as for any module.
@@ -45,6 +49,13 @@ class PackedModule(nn.Module):
     B: torch.Tensor
     s: torch.Tensor
     bias: torch.Tensor | None
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("zeros", None)
+        self.register_buffer("perm", None)
 
     def _apply(self, fn, recurse=True):
         dtype, was_meta = self.s.dtype, self.s.is_meta
@@ -65,6 +76,17 @@ class PackedModule(nn.Module):
         if dtype in SCALE_DTYPES and dtype != self.s.dtype:
             self._buffers["s"] = torch.empty_like(self.s, dtype=dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # Codes mean something else without the zeros and the order they came with, so not even
+        # strict=False leaves those out.
+        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
+        for name in ("zeros", "perm"):
+            given, had = prefix + name in state_dict, self._buffers[name] is not None
+            if prefix + "B" in state_dict and given != had:
+                error_msgs.append(
+                    f"{prefix + name} is in the state dict, but not in the layer"
+                    if given
+                    else f"{prefix + name} is in the layer, but not in the state dict"
+                )
 
 
 def mark_empty(layer: PackedModule) -> None:
@@ -72,6 +94,10 @@ def mark_empty(layer: PackedModule) -> None:
     layer.s.fill_(float("nan"))
     if layer.bias is not None:
         layer.bias.fill_(float("nan"))
+    if layer.zeros is not None:
+        layer.zeros.fill_(ops.CODE_ZERO)
+    if layer.perm is not None:
+        layer.perm.copy_(torch.arange(layer.perm.numel()))  # any valid order
 
 
 class MarlinLinear(PackedModule):
@@ -80,6 +106,10 @@ class MarlinLinear(PackedModule):
     Buffers, and so the state dict, are `B` int32 (k/16, 2n), `s` FP16 or BF16 (groups, n) and,
     if there is one, `bias` (out_features,). There n is out_features rounded up to a multiple of
     64, since the format has whole tiles only; results are cut back to out_features.
+
+    A weight is (code - 8) * scale; with `zeros`, uint8 (groups, n) in the order of `s`, it is
+    (code - zero) * scale. With `perm`, int32 (k,), row i of `B` is row perm[i] of the weight:
+    rows of a group need not be neighbours ("act-order"), and the activations are gathered.
 
     A new layer is empty: its scales are NaN until a state dict is loaded. `from_quantized` and
     `from_linear` make full ones.
@@ -94,6 +124,8 @@ class MarlinLinear(PackedModule):
         out_features: any.
         bias: whether there is one.
         group_size: rows that share a scale: 32, 64, 128, or -1 for one scale per column.
+        zeros: whether there are zero points.
+        act_order: whether rows are stored in an order of their own.
         dtype: of scales and bias, torch.float16 or torch.bfloat16.
         device: of the buffers.
 
@@ -108,6 +140,8 @@ class MarlinLinear(PackedModule):
         bias: bool = False,
         *,
         group_size: int = 128,
+        zeros: bool = False,
+        act_order: bool = False,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ):
@@ -128,47 +162,54 @@ class MarlinLinear(PackedModule):
         self.register_buffer(
             "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
+        if zeros:
+            self.zeros = torch.empty(groups, stored, dtype=torch.uint8, device=device)
+        if act_order:
+            self.perm = torch.empty(in_features, dtype=torch.int32, device=device)
         mark_empty(self)
 
     @classmethod
     def from_quantized(
-        cls, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        g_idx: torch.Tensor | None = None,
     ) -> MarlinLinear:
-        """A layer whose weight is `(codes - 8) * scales`.
+        """A layer whose weight is `(codes - 8) * scales`, or `(codes - zeros) * scales`.
 
         Args:
             codes: uint8 (k, n), values 0 to 15.
             scales: FP16 or BF16 (groups, n); groups divide k.
             bias: (n,), or None; stored in the type of the scales.
+            zeros: uint8 (groups, n), values 0 to 16, or None.
+            g_idx: int32 or int64 (k,), the group of each row, as many rows in one as in another;
+                None for runs of k / groups rows.
 
         Raises:
-            ValueError: shapes, types or codes that do not fit.
+            ValueError: shapes, types or values that do not fit.
         """
-        if codes.dim() != 2 or scales.dim() != 2 or codes.shape[1] != scales.shape[1]:
-            raise ValueError(
-                "expected codes (k, n) and scales (groups, n), "
-                f"got {tuple(codes.shape)} and {tuple(scales.shape)}"
-            )
+        weight = Quantized(codes, scales, zeros, g_idx)
+        weight.check()
         k, n = codes.shape
-        groups = scales.shape[0]
-        if groups == 0 or k % groups:
-            raise ValueError(f"{groups} groups of scales do not divide k={k}")
-        if codes.dtype != torch.uint8:
-            raise ValueError(f"codes must be torch.uint8, got {codes.dtype}")
-        if not codes.is_meta and codes.numel() and codes.max() > 15:
-            raise ValueError(f"codes must be 0 to 15, got {codes.max().item()}")
         if bias is not None and bias.shape != (n,):
             raise ValueError(f"bias must be ({n},), got {tuple(bias.shape)}")
         # Everything is about to be replaced: build the frame without memory.
-        layer = cls(
-            k, n, bias is not None, group_size=k // groups, dtype=scales.dtype, device="meta"
-        )
+        size = k // scales.shape[0]
+        layer = cls(k, n, bias is not None, group_size=size, dtype=scales.dtype, device="meta")
+        if (order := weight.row_order()) is not None:
+            codes = codes.index_select(0, order)
+            layer.perm = order.to(torch.int32)
         extra = padded(n) - n
         if extra:
-            codes = F.pad(codes, (0, extra), value=8)
+            codes = F.pad(codes, (0, extra), value=ops.CODE_ZERO)
             scales = F.pad(scales, (0, extra))
+            zeros = None if zeros is None else F.pad(zeros, (0, extra), value=ops.CODE_ZERO)
         layer.B = ops.pack(codes.contiguous())
         layer.s = ops.pack_scales(scales.contiguous())
+        if zeros is not None:
+            layer.zeros = ops.pack_scales(zeros.contiguous())
         if bias is not None:
             layer.bias = bias.detach().to(codes.device, scales.dtype, copy=True)
         return layer
@@ -204,24 +245,44 @@ class MarlinLinear(PackedModule):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias
+        if self.perm is not None and x.shape[-1:] == self.perm.shape:  # else the operator says so
+            x = x.index_select(-1, self.perm)
         extra = self.s.shape[1] - self.out_features
         if not extra:
-            return ops.matmul(x, self.B, self.s, bias)
+            return ops.matmul(x, self.B, self.s, bias, zeros=self.zeros)
         if bias is not None:
             bias = F.pad(bias, (0, extra))
-        y = ops.matmul(x, self.B, self.s, bias)
+        y = ops.matmul(x, self.B, self.s, bias, zeros=self.zeros)
         return y[..., : self.out_features].contiguous()
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight (out_features, in_features), as `nn.Linear` holds it."""
-        weight = ops.dequantize(self.B, self.s)
-        return weight[:, : self.out_features].t().contiguous()
+        weight = ops.dequantize(self.B, self.s, zeros=self.zeros)
+        return self._natural_rows(weight[:, : self.out_features]).t().contiguous()
+
+    def quantized(self) -> Quantized:
+        """What `from_quantized` would make this layer from, bias aside: exact, without padding."""
+        n, groups = self.out_features, self.s.shape[0]
+        zeros = g_idx = None
+        if self.zeros is not None:
+            zeros = ops.unpack_scales(self.zeros)[:, :n].contiguous()
+        if self.perm is not None:
+            stored = row_groups(self.in_features, groups, self.perm.device)
+            g_idx = self._natural_rows(stored).to(torch.int32)
+        codes = self._natural_rows(ops.unpack(self.B)[:, :n]).contiguous()
+        return Quantized(codes, ops.unpack_scales(self.s)[:, :n].contiguous(), zeros, g_idx)
+
+    def _natural_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """Rows in the order of `B`, brought into the weight's own."""
+        return stored if self.perm is None else stored.index_select(0, self.perm.argsort())
 
     def extra_repr(self) -> str:
         group = -1 if self.group_size == self.in_features else self.group_size
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, group_size={group}, dtype={self.s.dtype}"
+            + (", zeros=True" if self.zeros is not None else "")
+            + (", act_order=True" if self.perm is not None else "")
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 _HERE = Path(__file__).parent
 TILE_ROWS = 16  # rows (k) and columns (n) of a tile of the packed weight
 TILE_COLUMNS = 64
+CODE_ZERO = 8  # the code of zero, where a weight has no zero points
 GROUP_SIZES = (32, 64, 128)  # beside one group for all of k ("per column")
 
 

@@ -31,7 +31,7 @@ struct DequantizeParams {
   int64_t n;
   int64_t groups;
   Dtype value_dtype;
-  void* values;  // (k, n), contiguous
+  void* values;                    // (k, n), contiguous
   const uint8_t* zeros = nullptr;  // (groups, n) like the scales; nullptr: all kCodeZero
 };
 cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
