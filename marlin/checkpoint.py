@@ -421,11 +421,9 @@ def parts_of_layers(quantization: dict, packed: set[str], names: set[str]) -> di
         claimed = packed - without if anywhere[part] else set()
         found = {name.removesuffix(f".{part}") for name in names if name.endswith(f".{part}")}
         if missing := claimed - found:
-            raise CheckpointError(f"missing {part}, says the configuration, of {some(missing)}")
+            raise CheckpointError(f"by the configuration, {part} missing in {some(missing)}")
         if unexpected := found - claimed:
-            raise CheckpointError(
-                f"unexpected {part}, says the configuration, of {some(unexpected)}"
-            )
+            raise CheckpointError(f"by the configuration, no {part} in {some(unexpected)}")
         has[part] = found
     return has
 

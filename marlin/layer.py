@@ -244,15 +244,17 @@ class MarlinLinear(PackedModule):
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
-        if self.perm is not None and x.shape[-1:] == self.perm.shape:  # else the operator says so
-            x = x.index_select(-1, self.perm)
-        extra = self.s.shape[1] - self.out_features
+        buffers = self._buffers  # attributes of a module would take longer than all else here
+        b, s, zeros, perm = buffers["B"], buffers["s"], buffers["zeros"], buffers["perm"]
+        bias = self.bias  # may have become a parameter
+        if perm is not None and x.shape[-1:] == perm.shape:  # if not, the operator says so
+            x = x.index_select(-1, perm)
+        extra = s.shape[1] - self.out_features
         if not extra:
-            return ops.matmul(x, self.B, self.s, bias, zeros=self.zeros)
+            return ops.matmul(x, b, s, bias, None, zeros)
         if bias is not None:
             bias = F.pad(bias, (0, extra))
-        y = ops.matmul(x, self.B, self.s, bias, zeros=self.zeros)
+        y = ops.matmul(x, b, s, bias, None, zeros)
         return y[..., : self.out_features].contiguous()
 
     def dequantize(self) -> torch.Tensor:

@@ -97,8 +97,8 @@ void dequantize_rows(const PackedWeight& weight, int64_t first_row, int64_t last
 
 void dequantize(const PackedWeight& weight, int64_t first_row, int64_t last_row, int64_t strip,
                 float* panel, int64_t pitch) {
-  const auto rows = weight.zeros ? dequantize_rows<ZeroPoints> : dequantize_rows<FixedZero>;
-  rows(weight, first_row, last_row, strip, panel, pitch);
+  if (weight.zeros) dequantize_rows<ZeroPoints>(weight, first_row, last_row, strip, panel, pitch);
+  else dequantize_rows<FixedZero>(weight, first_row, last_row, strip, panel, pitch);
 }
 
 // y[Rows, Columns vectors] += x[Rows, depth] · panel: the sums stay in registers.
