@@ -94,6 +94,13 @@ def test_any_layer_is_exact_and_comes_back(groups, size, n, zeros, order, m, see
     assert ((y - expected).abs() <= 1e-5 * (x.abs().double() @ exact_weight(weight).abs())).all()
 
 
+def test_a_published_layer_comes_back_too():
+    weight = random_quantized(128, 64, 4, zeros=False, order=False)
+    layer = Layer(128, 64, 32)
+    layer.B, layer.s = ops.pack(weight.codes), ops.pack_scales(weight.scales)
+    assert_same_parts(layer.quantized(), weight)
+
+
 # ----------------------------------------------------------------------------- groups of rows
 
 
