@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
                 f"got {tuple(codes.shape)} and {tuple(scales.shape)}"
             )
         k, groups = codes.shape[0], scales.shape[0]
-        if groups == 0 or k % groups:
+        if k == 0 or groups == 0 or k % groups:
             raise ValueError(f"{groups} groups of scales do not divide k={k}")
         check_bytes("codes", codes, LARGEST_CODE)
         if zeros is not None:

@@ -270,6 +270,22 @@ def test_compiles_without_breaks_for_any_batch(device, zeros, order):
         check_product(compiled(x), x, exact_weight(weight))
 
 
+def test_compiled_exported_and_functional_calls_take_the_buffers_of_now():
+    first, second, third = (make_layer(random_quantized(seed=seed)) for seed in range(3))
+    x = torch.randn(4, 128)
+    compiled = torch.compile(first, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), first(x))
+    for name, tensor in second.state_dict().items():
+        setattr(first, name, tensor.clone())
+    assert torch.equal(compiled(x), second(x))
+    first.load_state_dict(third.state_dict())
+    assert torch.equal(compiled(x), third(x))
+    assert torch.equal(torch.func.functional_call(first, second.state_dict(), (x,)), second(x))
+    rows = torch.export.Dim("rows", min=2, max=99)
+    exported = torch.export.export(nn.Sequential(third), (x,), dynamic_shapes=({0: rows},))
+    assert torch.equal(exported.module()(x.repeat(3, 1)), third(x.repeat(3, 1)))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("zeros, order", KINDS)
 def test_gradient_reaches_the_activations(device, zeros, order):
