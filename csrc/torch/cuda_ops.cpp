@@ -87,13 +87,13 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
   check_device(op, scope.index());
   if (call.problem.m == 0) return;
   const GemmParams gemm = gemm_params(call, y);
-  // The only kernel that knows zero points so far.
+  // So far only the simple kernel knows zero points.
+  if (call.zeros != nullptr && config && *config != "reference")
+    fail(op, "config", "nothing or 'reference' with zeros", "'" + *config + "'");
   if (config ? *config == "reference" : call.zeros != nullptr) {
     check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
     return;
   }
-  if (call.zeros != nullptr)
-    fail(op, "config", "nothing or 'reference' with zeros", "'" + *config + "'");
   launch_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config),
                 y);
 }
