@@ -3,7 +3,8 @@
 What a directory holds beside what transformers itself would write there:
   config.json           `quantization_config` with `quant_method` "marlin", `bits`, `group_size`,
                         `sym`, `modules_to_not_convert`, `format_version`
-  *.safetensors         for every packed layer `X.B` (int32 words), `X.s` (scales), `X.bias`;
+  *.safetensors         for every packed layer `X.B` (int32 words), `X.s` (scales), `X.bias`,
+                        `X.zeros` (zero points), `X.perm` (order of rows), where it has them;
                         everything else under its usual name
 transformers is imported by the functions that need it, not with this module.
 """
@@ -32,10 +33,12 @@ from marlin.layer import (
     dense_layers,
     dense_weight,
 )
+from marlin.quantized import LARGEST_ZERO
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OPTIONAL_PARTS = ("zeros", "perm")  # of a packed layer, whose words mean nothing without them
 
 
 class CheckpointError(ValueError):
@@ -84,17 +87,26 @@ def quantization_config(model: nn.Module) -> dict:
             raise ValueError(f"{name}: scales are not finite; was the layer ever filled?")
     sizes = group_sizes(layers)
     usual = Counter(sizes.values()).most_common(1)[0][0]
+    lacks = {
+        part: sorted(name for name, layer in layers.items() if getattr(layer, part) is None)
+        for part in OPTIONAL_PARTS
+    }
     config = {
         "quant_method": "marlin",
         "bits": 4,
         "group_size": usual,
-        "sym": True,
+        "sym": len(lacks["zeros"]) == len(layers),
         "modules_to_not_convert": sorted({dense.name for dense in dense_layers(model)}),
         "format_version": FORMAT_VERSION,
     }
     others = {name: size for name, size in sizes.items() if size != usual}
     if others:
         config["group_size_overrides"] = others
+    if len(lacks["perm"]) < len(layers):
+        config["desc_act"] = True
+    for part, names in lacks.items():
+        if 0 < len(names) < len(layers):
+            config[f"modules_without_{part}"] = names
     return config
 
 
@@ -246,14 +258,23 @@ def read_config(directory: Path):
             f"{directory}: expected quantization_config with quant_method 'marlin' in "
             f"config.json, got {quantization!r}"
         )
-    expected = {"bits": 4, "sym": True, "format_version": FORMAT_VERSION}
+    expected = {"bits": 4, "format_version": FORMAT_VERSION}
     for key, value in expected.items():
         if quantization.get(key) != value:
             raise CheckpointError(
                 f"{directory}: quantization_config: expected {key}={value}, "
                 f"got {quantization.get(key)!r}"
             )
-    types = {"group_size": int, "modules_to_not_convert": list, "group_size_overrides": dict}
+    quantization.setdefault("sym", None)  # has to be said
+    types = {
+        "group_size": int,
+        "sym": bool,
+        "desc_act": bool,
+        "modules_to_not_convert": list,
+        "modules_without_zeros": list,
+        "modules_without_perm": list,
+        "group_size_overrides": dict,
+    }
     for key, kind in types.items():
         if not isinstance(quantization.setdefault(key, kind()), kind):
             raise CheckpointError(f"{directory}: quantization_config: {key} must be {kind}")
@@ -351,6 +372,7 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
     packed = {name.removesuffix(".B") for name in names - own if name.endswith(".B")}
     kept = set(map(str, quantization["modules_to_not_convert"]))
     overrides = quantization["group_size_overrides"]
+    has = parts_of_layers(quantization, packed, names - own)
     places = defaultdict(list)  # a layer may hang in several
     for dense in dense_layers(model):
         places[dense.module].append(dense)
@@ -371,11 +393,39 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
         k, n = dense_weight(linear).shape
         size = overrides.get(name, quantization["group_size"])
         try:
-            layer = MarlinLinear(k, n, linear.bias is not None, group_size=size, device="meta")
+            layer = MarlinLinear(
+                k,
+                n,
+                linear.bias is not None,
+                group_size=size,
+                zeros=name in has["zeros"],
+                act_order=name in has["perm"],
+                device="meta",
+            )
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{name}: {error}") from error
         for dense in found:
             dense.replace(layer)
+
+
+def parts_of_layers(quantization: dict, packed: set[str], names: set[str]) -> dict[str, set[str]]:
+    """The packed layers that have zeros, and those that have a perm.
+
+    The configuration says so beside the files: words whose zeros got lost would still look like a
+    layer.
+    """
+    anywhere = {"zeros": not quantization["sym"], "perm": quantization["desc_act"]}
+    has = {}
+    for part in OPTIONAL_PARTS:
+        without = set(map(str, quantization[f"modules_without_{part}"]))
+        claimed = packed - without if anywhere[part] else set()
+        found = {name.removesuffix(f".{part}") for name in names if name.endswith(f".{part}")}
+        if missing := claimed - found:
+            raise CheckpointError(f"by the configuration, {part} missing in {some(missing)}")
+        if unexpected := found - claimed:
+            raise CheckpointError(f"by the configuration, no {part} in {some(unexpected)}")
+        has[part] = found
+    return has
 
 
 def fill(
@@ -413,6 +463,8 @@ class Slot:
         module, attribute = self.places[0]
         scales = isinstance(module, PackedModule) and attribute == "s"
         self.check(name, tensor, scales)
+        if isinstance(module, PackedModule):
+            check_part(name, tensor, attribute)
         floating = tensor.is_floating_point()
         if dtype is not None and floating and not scales:
             tensor = tensor.to(dtype)
@@ -439,6 +491,18 @@ class Slot:
                 raise CheckpointError(f"{name}: expected floating point, got {tensor.dtype}")
         elif tensor.dtype != expected.dtype:
             raise CheckpointError(f"{name}: expected {expected.dtype}, got {tensor.dtype}")
+
+
+def check_part(name: str, tensor: torch.Tensor, attribute: str) -> None:
+    """Values that the operators take on trust."""
+    if attribute == "zeros" and tensor.max() > LARGEST_ZERO:
+        raise CheckpointError(
+            f"{name}: expected values 0 to {LARGEST_ZERO}, got {tensor.max().item()}"
+        )
+    if attribute == "perm":
+        in_order = torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        if not torch.equal(tensor.sort().values, in_order):
+            raise CheckpointError(f"{name}: expected each of 0 to {tensor.numel() - 1} once")
 
 
 def list_slots(model: nn.Module) -> dict[str, Slot]:

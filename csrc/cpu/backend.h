@@ -16,7 +16,7 @@ struct Kernels {
   const char* name;
 
   // W[first_row .. last_row, 64 strip .. 64 strip + 63] as FP32 into `panel`, whose rows lie `pitch`
-  // floats apart. Rows are multiples of 16. (code - 8) * scale is exact in FP32.
+  // floats apart. Rows are multiples of 16. (code - zero) * scale is exact in FP32.
   void (*dequantize)(const PackedWeight& weight, int64_t first_row, int64_t last_row, int64_t strip,
                      float* panel, int64_t pitch);
 
