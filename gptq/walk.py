@@ -1,25 +1,36 @@
 """The walk through a model: one decoder layer at a time on the device.
 
-A first pass runs the model with every layer short-circuited, which records what the model hands
-each layer (masks, positions) and what enters the first one, without knowing the architecture.
-Then, layer by layer: run the samples to collect Hessians, solve, write the rounded weights back,
-run the samples again. So every layer is fitted to what the quantized layers before it produce.
+Layer by layer: run the samples to collect Hessians, solve, write the rounded weights back, run the
+samples again. So every layer is fitted to what the quantized layers before it produce.
 """
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from marlin.layer import dense_weight
+from marlin.layer import dense_weight, is_conv1d
 
-from . import solver
-from .hessian import Hessian
+from . import robust, solver
+from .collect import Reading, collect, finite_rows, locate
+from .phases import phase
 from .plan import Plan, Target
+from .record import Batch, record_batches
+from .visit import Visit, read_ahead
+
+# How much goes through a layer at a time: enough to keep a GPU busy; a CPU is with one sample.
+BATCH_TOKENS = {"cuda": 16384, "cpu": 1}
+# Activations stay on the GPU if they take no more than this share of its free memory.
+ACTIVATIONS_SHARE = 0.4
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinite weights or activations."""
 
 
 @dataclass(frozen=True)
@@ -27,42 +38,85 @@ class Result:
     """One quantized linear layer and how it went."""
 
     target: Target
-    solution: solver.Solution  # on the CPU
-    method: str  # "gptq" or "rtn"
-    loss: float | None  # share of the output's energy lost, None without calibration
-    rtn_loss: float | None  # the same for plain rounding
-    tokens: int
-    seconds: float
+    solution: solver.Solution  # on the device where it was found
+    method: str  # see robust.py
+    loss: float | None = None  # share of the output's energy lost, None without calibration
+    rtn_loss: float | None = None  # the same for plain rounding
+    tokens: int = 0
+    dead_inputs: int = 0  # inputs that were zero for every token
+    seconds: float = 0.0
+    peak_bytes: int | None = None  # of GPU memory while it was solved
+    note: str | None = None  # why it is not GPTQ on the device asked for
+
+
+@dataclass(frozen=True)
+class Done:
+    """Blocks quantized in an earlier run: how many, and what gives the results of each."""
+
+    count: int
+    results: Callable[[int], list[Result]]
+
+
+def _ignore(*args) -> None:
+    pass
 
 
 @dataclass
-class Call:
-    """What the model passes to one layer beside the hidden states, for one sample."""
+class _Way:
+    """How to go, and what it takes to get through."""
 
-    args: tuple
-    kwargs: dict
+    device: torch.device
+    on_result: Callable[[Result], None]
+    skip_bad_samples: bool = False
+    on_skip: Callable[[int, str], None] = _ignore
+    offload: bool = False  # activations and Hessians live in host memory
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        # Half precision is slow on CPUs, and rounding would add up over the layers.
+        return None if self.on_gpu else torch.float32
+
+    @property
+    def home(self) -> torch.device:
+        """Where activations wait for their turn."""
+        return torch.device("cpu") if self.offload else self.device
 
 
 @torch.no_grad()
 def quantize_rtn(
-    model: PreTrainedModel, plan: Plan, *, on_result: Callable[[Result], None] = lambda result: None
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    device: torch.device | str = "cpu",
+    on_result: Callable[[Result], None] = _ignore,
+    done: Done | None = None,
 ) -> Iterator[list[Result]]:
     """Round every target to nearest, in place; yields the results of each decoder layer."""
-    for targets in plan.targets:
-        results = []
-        for target in targets:
-            started = time.perf_counter()
-            module = model.get_submodule(target.name)
-            solution = solver.rtn(dense_weight(module), plan.group_size)
-            _set_weight(module, solution)
-            seconds = time.perf_counter() - started
-            results.append(Result(target, solution, "rtn", None, None, 0, seconds))
-            on_result(results[-1])
-        yield results
+    for index, name in enumerate(plan.blocks):
+        if done and index < done.count:
+            results = done.results(index)
+            for result in results:
+                on_result(result)
+            yield results
+            continue
+        layer = model.get_submodule(name)
+        with Visit(layer.modules(), device) as visit:
+            results = []
+            for target in plan.targets[index]:
+                started = time.perf_counter()
+                module = model.get_submodule(target.name)
+                with phase("solve"), _naming(target.name):
+                    solution = solver.rtn(dense_weight(module), plan.group_size)
+                _set_weight(visit, module, solution)
+                seconds = time.perf_counter() - started
+                results.append(Result(target, solution, robust.RTN, seconds=seconds))
+                on_result(results[-1])
+            yield results
+            visit.forget_all_but(layer.parameters())
 
 
 @torch.no_grad()
@@ -72,188 +126,230 @@ def quantize_gptq(
     samples: list[Tensor],
     *,
     device: torch.device | str = "cpu",
-    on_result: Callable[[Result], None] = lambda result: None,
+    on_result: Callable[[Result], None] = _ignore,
+    skip_bad_samples: bool = False,
+    on_skip: Callable[[int, str], None] = _ignore,
+    done: Done | None = None,
     **options,
 ) -> Iterator[list[Result]]:
     """GPTQ on every target, in place; yields the results of each decoder layer when it is done.
 
-    model: on the CPU, in the dtype to compute in; its layers visit ``device`` one at a time.
-    samples: int64 (1, length) each. on_result hears of every linear as it is solved.
-    options go to ``solver.gptq`` (clip, damping).
-    Raises ValueError naming the layer and the sample when activations are NaN or infinite.
+    While results are in the caller's hands the layer is still on the device; linears that the
+    caller replaces then cost no copy back.
+
+    model: on the CPU. samples: int64 (1, length) each.
+    device: where layers are worked on, one after the other. On the CPU they compute in FP32, on
+        a GPU in their own type.
+    on_result: hears of every linear as it is solved.
+    skip_bad_samples: leave out samples that lead to NaN or infinite activations instead of
+        stopping; on_skip hears the number of each, and where it showed first.
+    options: for ``solver.gptq``.
+    Raises NonFiniteError naming the layer, and the sample if it is not the weights' fault.
     """
     model.eval()
+    way = _Way(torch.device(device), on_result, skip_bad_samples, on_skip)
     layers = [model.get_submodule(name) for name in plan.blocks]
-    hidden, calls = record_calls(model, layers, samples, device)
+    if done and done.count == len(layers):  # nobody needs the activations
+        for index in range(len(layers)):
+            yield _heard(way, done.results(index))
+        return
+    batches = _record(model, layers, samples, way)
+    ahead = None
     for index, (layer, name) in enumerate(zip(layers, plan.blocks, strict=True)):
-        layer.to(device)
-        linears = {target: model.get_submodule(target.name) for target in plan.targets[index]}
-        results = []
-        for targets, hessian in _collect(layer, name, linears, hidden, calls[index]):
-            for result in _solve(targets, linears, hessian, plan.group_size, options):
-                _set_weight(linears[result.target], result.solution)
-                results.append(result)
-                on_result(result)
-        if index + 1 < len(layers):  # nobody reads what the last one puts out
-            for i, call in enumerate(calls[index]):
-                hidden[i] = call.run(layer, hidden[i])
-        calls[index] = []
-        layer.to("cpu")
-        yield results
+        last = index + 1 == len(layers)
+        with phase("load"):
+            visit = Visit(layer.modules(), way.device, way.dtype, ahead).__enter__()
+        with visit:
+            ahead = read_ahead(layers[index + 1].modules()) if way.on_gpu and not last else None
+            linears = {target: model.get_submodule(target.name) for target in plan.targets[index]}
+            if done and index < done.count:
+                results = _heard(way, done.results(index))
+                for result in results:
+                    _set_weight(visit, linears[result.target], result.solution)
+            else:
+                results = []
+                readings, batches = _collect(layer, name, linears, batches, index, way)
+                while readings:  # each Hessian goes as soon as it has served
+                    for result in _solve(readings.pop(0), linears, plan.group_size, way, options):
+                        _set_weight(visit, linears[result.target], result.solution)
+                        results.append(result)
+                        way.on_result(result)
+            if not last:  # nobody reads what the last one puts out
+                with phase("forward"):
+                    batches = _advance(layer, name, batches, index, way)
+            yield results
+            visit.forget_all_but(layer.parameters())
 
 
-def record_calls(
-    model: PreTrainedModel, layers: list[nn.Module], samples: list[Tensor], device
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """What enters the first layer for each sample, and what each layer gets beside it.
-
-    Returns hidden states by sample, and calls by layer and sample, all on ``device``.
-    Raises ValueError for a model that does not run its layers once each and in order.
-    """
-    # The base model stops short of the output head, whose logits nobody needs here.
-    base = model.base_model
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = [[] for _ in layers]
-    with _short_circuit(layers) as recorded:
-        for sample in samples:
-            recorded.clear()
-            with contextlib.suppress(_Stop):
-                base(input_ids=sample.to(model.device))
-            order = [index for index, *_ in recorded]
-            if order != list(range(len(layers))):
-                raise ValueError(
-                    f"model: expected {type(base).__name__} to run its {len(layers)} layers once "
-                    f"each and in order, got {order}"
-                )
-            hidden.append(recorded[0][1].to(device))
-            moved: dict[int, Tensor] = {}  # layers share masks and positions: move each once
-            for index, _, args, kwargs in recorded:
-                calls[index].append(Call(_to(args, device, moved), _to(kwargs, device, moved)))
-    return hidden, calls
+def _record(model, layers: list[nn.Module], samples: list[Tensor], way: _Way) -> list[Batch]:
+    """What enters the first layer, and what each gets beside it."""
+    inside = {module for layer in layers[1:] for module in layer.modules()}
+    outside = [module for module in model.base_model.modules() if module not in inside]
+    batches = []
+    with phase("forward"), Visit(outside, way.device, way.dtype):
+        for batch in record_batches(model, layers, samples, BATCH_TOKENS[way.device.type]):
+            if way.on_gpu and not batches:
+                tokens = sum(sample.numel() for sample in samples)
+                hidden = batch.hidden
+                needed = tokens * hidden.shape[-1] * hidden.element_size()
+                free, _ = torch.cuda.mem_get_info(way.device)
+                way.offload = needed > ACTIVATIONS_SHARE * free
+            batch.hidden = batch.hidden.to(way.home)
+            batches.append(batch)
+    return batches
 
 
-class _Stop(Exception):
-    """Ends a forward pass after the last layer."""
+def _collect(layer, name, linears, batches, index, way: _Way):
+    """Hessians of a layer's linears, and the batches as they could be run."""
+    for target, linear in linears.items():
+        if not torch.isfinite(linear.weight).all():
+            raise NonFiniteError(f"{target.name}: expected finite weights, got NaN or Inf")
+    while True:
+        try:
+            with phase("forward"):
+                found = collect(layer, linears, batches, index, way.device, way.home)
+        except RuntimeError as error:
+            if not robust.out_of_memory(error):
+                raise
+            found = None
+        if found is None:  # outside the except block, whose error keeps tensors alive
+            batches = _make_room(batches, way)
+        elif found.bad_samples:
+            rows = [batch.only(found.bad_samples) for batch in batches]
+            suspects = [batch for batch in rows if batch.samples]
+            bad = locate(layer, name, linears, suspects, index, way.device)
+            # A sample that is fine when it runs alone was not when it ran with others.
+            batches = _drop(batches, dict.fromkeys(found.bad_samples, name) | bad, way)
+        else:
+            return found.readings, batches
 
 
-@contextlib.contextmanager
-def _short_circuit(layers: list[nn.Module]):
-    """Let layers hand their input through and record (index, hidden, args, kwargs) of each call."""
-    recorded: list[tuple[int, Tensor, tuple, dict]] = []
-    wrap: Callable[[Tensor], Tensor | tuple] | None = None  # hidden states as layers return them
-
-    def replace(index: int, layer: nn.Module) -> None:
-        original = layer.forward
-
-        def forward(*args, **kwargs):
-            nonlocal wrap
-            if wrap is None:  # only a real call, the very first, shows whether that is a tuple
-                wrap = _wrapper(original(*args, **kwargs))
-            hidden, *args = args if args else (kwargs.pop("hidden_states"),)
-            recorded.append((index, hidden, tuple(args), kwargs))
-            if index + 1 == len(layers):
-                raise _Stop
-            return wrap(hidden)
-
-        # An instance attribute shadows the method; models still find what they look up on a layer.
-        layer.forward = forward
-
-    for index, layer in enumerate(layers):
-        replace(index, layer)
-    try:
-        yield recorded
-    finally:
-        for layer in layers:
-            del layer.forward
+def _make_room(batches: list[Batch], way: _Way) -> list[Batch]:
+    """Smaller batches; then activations and Hessians in host memory; then no more ideas."""
+    smaller = [half for batch in batches for half in batch.halves()]
+    if len(smaller) == len(batches):
+        if way.offload:
+            raise ValueError(
+                f"{way.device}: expected memory for one layer and one sample, ran out; "
+                "shorter samples (--seqlen) or --device cpu would do"
+            )
+        way.offload = True
+        for batch in smaller:
+            batch.hidden = batch.hidden.cpu()
+    if way.on_gpu:
+        torch.cuda.empty_cache()
+    return smaller
 
 
-def _wrapper(output: Tensor | tuple) -> Callable[[Tensor], Tensor | tuple]:
-    """A function that returns other hidden states in the form of a layer's ``output``."""
-    if isinstance(output, tuple):
-        return lambda hidden: (hidden, *output[1:])
-    return lambda hidden: hidden
+def _drop(batches: list[Batch], bad: dict[int, str], way: _Way) -> list[Batch]:
+    """The batches without the samples in ``bad``, if going on was asked for."""
+    sample, place = min(bad.items())
+    what = f"{place}: expected finite activations, got NaN or Inf"
+    if not way.skip_bad_samples:
+        raise NonFiniteError(f"{what} in sample {sample} (--skip-bad-samples goes on without it)")
+    kept = [batch.without(bad) for batch in batches if not bad.keys() >= set(batch.samples)]
+    if not kept:
+        raise NonFiniteError(f"{what} in every sample")
+    for sample, place in sorted(bad.items()):
+        way.on_skip(sample, place)
+    return kept
 
 
-def _collect(
-    layer: nn.Module,
-    name: str,
-    linears: dict[Target, nn.Module],
-    hidden: list[Tensor],
-    calls: list[Call],
-) -> Iterator[tuple[list[Target], Hessian | None]]:
-    """Groups of targets that read one input, with its Hessian; None for targets never called."""
-    shared: dict[Target, Target] = {}  # target -> the first one that reads the same input
-    hessians: dict[Target, Hessian] = {}
-    inputs: dict[int, tuple[Tensor, Target]] = {}  # held, so that no address is used twice
-
-    def hook(target: Target):
-        def accumulate(module, args):
-            tensor = args[0]
-            # Whoever shares in the first sample shares in all of them.
-            leader = shared.setdefault(target, inputs.setdefault(id(tensor), (tensor, target))[1])
-            if leader is target:
-                if target not in hessians:
-                    hessians[target] = Hessian(target.k, tensor.device)
-                hessians[target].add(tensor)
-
-        return accumulate
-
-    handles = [linear.register_forward_pre_hook(hook(t)) for t, linear in linears.items()]
-    try:
-        for i, (states, call) in enumerate(zip(hidden, calls, strict=True)):
-            if not torch.isfinite(call.run(layer, states)).all():
-                raise ValueError(
-                    f"{name}: expected finite activations, got NaN or Inf in sample {i}"
-                )
-            inputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for leader in hessians:
-        yield [target for target in linears if shared.get(target) is leader], hessians[leader]
-    if unread := [target for target in linears if target not in shared]:
-        yield unread, None
+def _advance(layer, name, batches, index, way: _Way) -> list[Batch]:
+    """What enters the next layer."""
+    waiting, after, finite = deque(batches), [], []
+    while waiting:
+        batch = waiting.popleft()
+        try:
+            hidden = batch.calls[index].run(layer, batch.hidden.to(way.device))
+        except RuntimeError as error:
+            if not robust.out_of_memory(error) or len(batch.samples) == 1:
+                raise
+            hidden = None
+        if hidden is None:  # outside the except block, whose error keeps tensors alive
+            torch.cuda.empty_cache()
+            waiting.extendleft(reversed(batch.halves()))
+            batch.hidden = None
+            continue
+        finite.append(finite_rows(hidden))
+        after.append(replace(batch, hidden=hidden.to(way.home)))
+        batch.hidden = None
+    samples = [sample for batch in after for sample in batch.samples]
+    rows = zip(samples, torch.cat(finite).tolist(), strict=True)
+    if bad := {sample: f"{name}, quantized" for sample, fine in rows if not fine}:
+        after = _drop(after, bad, way)
+    for batch in after:
+        batch.calls[index] = None
+    return after
 
 
 def _solve(
-    targets: list[Target],
+    reading: Reading,
     linears: dict[Target, nn.Module],
-    hessian: Hessian | None,
     group_size: int,
+    way: _Way,
     options: dict,
 ) -> Iterator[Result]:
-    """Solve layers that read one input together: they share the factorization and the loop."""
-    started = time.perf_counter()
+    """Solve layers that read one input together."""
+    targets, hessian = reading.targets, reading.hessian
     weights = [dense_weight(linears[target]) for target in targets]
-    if hessian is None:  # no sample came through: nothing better than rounding is known
-        for target, weight in zip(targets, weights, strict=True):
-            yield Result(target, solver.rtn(weight, group_size), "rtn", None, None, 0, 0.0)
-        return
-    moments = hessian.mean()
-    solution = solver.gptq(torch.cat(weights, dim=1), moments, group_size, **options)
-    start = 0
-    for target, weight in zip(targets, weights, strict=True):
-        part = solution.outputs(start, start + target.n)
-        start += target.n
-        loss = solver.output_loss(weight, part, moments)
-        rtn_loss = solver.output_loss(weight, solver.rtn(weight, group_size), moments)
-        seconds = (time.perf_counter() - started) / len(targets)
-        yield Result(target, part.cpu(), "gptq", loss, rtn_loss, hessian.tokens, seconds)
+    names = ", ".join(target.name for target in targets)
+    if way.on_gpu:
+        torch.cuda.reset_peak_memory_stats(way.device)
+    started = time.perf_counter()
+    tokens, dead = 0, 0
+    with phase("solve"), _naming(names):
+        if hessian is None:  # nothing is known but the weights
+            attempts = [
+                robust.Attempt(
+                    robust.clipped_rtn(weight, group_size), robust.CLIPPED_RTN,
+                    note=robust.starved(0, weight.shape[0]),
+                )
+                for weight in weights
+            ]  # fmt: skip
+        else:
+            tokens = hessian.tokens
+            moments = hessian.mean()
+            reading.hessian = hessian = None
+            dead = int((moments.diagonal() == 0).sum())
+            if moments.device != weights[0].device:  # its sum found no room on the GPU; now?
+                moments, weights = _together(moments, weights)
+            attempts = robust.solve(weights, moments, tokens, group_size, **options)
+    seconds = (time.perf_counter() - started) / len(targets)
+    peak = torch.cuda.max_memory_allocated(way.device) if way.on_gpu else None
+    for target, attempt in zip(targets, attempts, strict=True):
+        yield Result(
+            target, attempt.solution, attempt.method, attempt.loss, attempt.rtn_loss,
+            tokens, dead, seconds, peak, attempt.note,
+        )  # fmt: skip
 
 
-def _set_weight(module: nn.Module, solution: solver.Solution) -> None:
+def _together(moments: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Hessian and weights on the GPU if it has room, else in host memory."""
+    try:
+        return moments.to(weights[0].device), weights
+    except RuntimeError as error:
+        if not robust.out_of_memory(error):
+            raise
+    return moments, [weight.cpu() for weight in weights]
+
+
+def _set_weight(visit: Visit, module: nn.Module, solution: solver.Solution) -> None:
     """Overwrite the weight with the values its codes stand for."""
-    dense_weight(module).copy_(solution.dequantize())
+    values = solution.dequantize()
+    visit.change(module.weight, values if is_conv1d(module) else values.t().contiguous())
 
 
-def _to(value, device, moved: dict[int, Tensor]):
-    """``value`` with every tensor in it on ``device``; the same tensor comes out the same."""
-    if isinstance(value, Cache):
-        return None  # layers run more than once here, and must not remember
-    if isinstance(value, Tensor):
-        return moved.setdefault(id(value), value.to(device))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device, moved) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device, moved) for key, item in value.items()}
-    return value
+def _heard(way: _Way, results: list[Result]) -> list[Result]:
+    for result in results:
+        way.on_result(result)
+    return results
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What the solver has to say against its input, with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from error
