@@ -210,23 +210,27 @@ def run_quantize(args: argparse.Namespace) -> None:
     print(f"Loading {args.model}", flush=True)
     started = time.perf_counter()
     skipped: dict[int, str] = {}
-    with Phases(args.device) as phases, progress(plan) as show:
+    with Phases(args.device) as phases:
         with phase("load"):
             model = export.load_model(args.model)
         loaded = time.perf_counter()
-        modules = run.quantize(
-            model,
-            plan,
-            samples,
-            store,
-            method=args.method,
-            device=args.device,
-            on_result=show,
-            skip_bad_samples=args.skip_bad_samples,
-            on_skip=skipped.__setitem__,
-            **options,
-        )
+        with progress(plan) as show:
+            modules = run.quantize(
+                model,
+                plan,
+                samples,
+                store,
+                method=args.method,
+                device=args.device,
+                on_result=show,
+                skip_bad_samples=args.skip_bad_samples,
+                on_skip=skipped.__setitem__,
+                **options,
+            )
         quantized = time.perf_counter()
+        with phase("write"):
+            model.to(DTYPES[args.dtype] if args.dtype else export.stored_dtype(config))
+            export.save(model, tokenizer, args.out)
     outcome = {
         "model": args.model,
         **settings,
@@ -237,8 +241,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         "skipped_samples": skipped,
         **report.everything(plan, modules),
     }
-    model.to(DTYPES[args.dtype] if args.dtype else export.stored_dtype(config))
-    export.save(model, tokenizer, args.out, outcome, report.markdown(outcome))
+    export.save_report(args.out, outcome, report.markdown(outcome))
     store.remove()
     print_outcome(outcome, args.out)
 

@@ -127,9 +127,13 @@ def replace(model: nn.Module, layers: dict[str, MarlinLinear]) -> None:
             dense.replace(layer.train(linear.training))
 
 
-def save(model: PreTrainedModel, tokenizer, directory: Path, report: dict, page: str) -> None:
-    """Write the Marlin checkpoint and, beside it, the report of how it was made."""
+def save(model: PreTrainedModel, tokenizer, directory: Path) -> None:
+    """Write the Marlin checkpoint."""
     save_pretrained(model, directory, tokenizer)
+
+
+def save_report(directory: Path, report: dict, page: str) -> None:
+    """Beside a checkpoint, how it was made: for programs, and for people."""
     (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     (directory / REPORT).with_suffix(".md").write_text(page, encoding="utf-8")
 

@@ -6,12 +6,13 @@ on the GPU is solved on the CPU. Layers that saw too few tokens for their H to m
 (experts that the router starved) are rounded too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import grid, solver
+from . import solver
 
 GPTQ, GPTQ_FP64 = "gptq", "gptq in float64"
 RTN, CLIPPED_RTN = "rtn", "clipped rtn"
@@ -47,21 +48,31 @@ def starved(tokens: int, k: int) -> str | None:
 
 
 def solve(
-    weights: list[Tensor], hessian: Tensor, tokens: int, group_size: int, **options
+    weights: list[Tensor],
+    hessian: Tensor,
+    tokens: int,
+    group_size: int,
+    *,
+    make_room: Callable[[], bool] = lambda: False,
+    **options,
 ) -> list[Attempt]:
     """GPTQ of layers that read one input, or the next best thing.
 
     weights: (k, n) each. hessian: (k, k) on their device, the mean over ``tokens``.
-    When CUDA memory runs out this is done on the CPU, and so are the results then.
+    make_room: called when CUDA memory runs out; if it says that it has freed some there is another
+    try, if not the CPU takes over, and the results are in its memory then.
     options go to ``solver.gptq``. Raises ValueError for input that no method can take.
     """
-    try:
-        return _solve(weights, hessian, tokens, group_size, options)
-    except RuntimeError as error:
-        if weights[0].device.type == "cpu" or not out_of_memory(error):
-            raise
-    # Outside the except block, whose error keeps the failed attempt's tensors alive.
-    torch.cuda.empty_cache()
+    while True:
+        try:
+            return _solve(weights, hessian, tokens, group_size, options)
+        except RuntimeError as error:
+            if weights[0].device.type == "cpu" or not out_of_memory(error):
+                raise
+        # Outside the except block, whose error keeps the failed attempt's tensors alive.
+        torch.cuda.empty_cache()
+        if not make_room():
+            break
     weights = [weight.cpu() for weight in weights]
     note = "CUDA out of memory: solved on the CPU"
     return [
@@ -70,28 +81,13 @@ def solve(
     ]
 
 
-def clipped_rtn(weight: Tensor, group_size: int) -> solver.Solution:
-    """Round to nearest under the clipped scales of least squared error in the weights.
-
-    weight: (k, n) floating. Raises ValueError for values that are not finite.
-    """
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight: expected finite values, got NaN or Inf")
-    groups = weight.float().unflatten(0, (-1, weight.shape[0] if group_size < 0 else group_size))
-    # No input counts more than another: the metric is the identity, in blocks of one.
-    metric = torch.ones(groups.shape[1], 1, 1, device=weight.device)
-    scales = torch.stack([grid.search_scale(group, metric) for group in groups])
-    codes = grid.encode(groups, scales[:, None]).flatten(0, 1)
-    return solver.Solution(codes.to(torch.uint8), scales.half())
-
-
 def _solve(
     weights: list[Tensor], hessian: Tensor, tokens: int, group_size: int, options: dict
 ) -> list[Attempt]:
     side_by_side = torch.cat(weights, dim=1)  # they share the factorization and the loop
     reason = starved(tokens, len(hessian))
     if reason:
-        whole = Attempt(clipped_rtn(side_by_side, group_size), CLIPPED_RTN, note=reason)
+        whole = Attempt(solver.rtn(side_by_side, group_size, clip=True), CLIPPED_RTN, note=reason)
     else:
         whole = _escalate(side_by_side, hessian, group_size, options)
     del side_by_side
@@ -115,4 +111,4 @@ def _escalate(weight: Tensor, hessian: Tensor, group_size: int, options: dict) -
         solution = solver.gptq(weight.double(), hessian.double(), group_size, **options)
         return Attempt(solution, GPTQ_FP64, note=reason)
     except solver.FactorizationError as error:
-        return Attempt(clipped_rtn(weight, group_size), CLIPPED_RTN, note=str(error))
+        return Attempt(solver.rtn(weight, group_size, clip=True), CLIPPED_RTN, note=str(error))

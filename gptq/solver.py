@@ -55,15 +55,20 @@ class Solution:
         )
 
 
-def rtn(weight: Tensor, group_size: int) -> Solution:
-    """Round every weight to the nearest code under absmax scales.
+def rtn(weight: Tensor, group_size: int, *, clip: bool = False) -> Solution:
+    """Round every weight to the nearest code under absmax scales, or clipped ones.
 
     weight: (k, n) floating. group_size: a divisor of k, or -1 for one group per output.
+    clip: search scales of least squared error in the weights.
     Raises ValueError for anything else.
     """
     weight, group = _checked(weight, group_size)
     groups = weight.unflatten(0, (-1, group))
-    scales = grid.absmax_scale(groups)
+    if clip:
+        even = weight.new_ones(group, 1, 1)
+        scales = torch.stack([grid.search_scale(rows, even) for rows in groups])
+    else:
+        scales = grid.absmax_scale(groups)
     codes = grid.encode(groups, scales[:, None]).flatten(0, 1)
     return Solution(codes.to(torch.uint8), scales.half())
 

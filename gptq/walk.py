@@ -27,6 +27,7 @@ from .visit import Visit, read_ahead
 BATCH_TOKENS = {"cuda": 16384, "cpu": 1}
 # Activations stay on the GPU if they take no more than this share of its free memory.
 ACTIVATIONS_SHARE = 0.4
+CPU = torch.device("cpu")
 
 
 class NonFiniteError(ValueError):
@@ -45,7 +46,7 @@ class Result:
     tokens: int = 0
     dead_inputs: int = 0  # inputs that were zero for every token
     seconds: float = 0.0
-    peak_bytes: int | None = None  # of GPU memory while it was solved
+    peak_bytes: int | None = None  # of GPU memory since the linears before it were done
     note: str | None = None  # why it is not GPTQ on the device asked for
 
 
@@ -69,7 +70,9 @@ class _Way:
     on_result: Callable[[Result], None]
     skip_bad_samples: bool = False
     on_skip: Callable[[int, str], None] = _ignore
-    offload: bool = False  # activations and Hessians live in host memory
+    # Where activations wait for their turn, and where Hessians are summed up.
+    activations: torch.device = CPU
+    hessians: torch.device = CPU
 
     @property
     def on_gpu(self) -> bool:
@@ -80,10 +83,15 @@ class _Way:
         # Half precision is slow on CPUs, and rounding would add up over the layers.
         return None if self.on_gpu else torch.float32
 
-    @property
-    def home(self) -> torch.device:
-        """Where activations wait for their turn."""
-        return torch.device("cpu") if self.offload else self.device
+    def spare_memory(self, batches: list[Batch]) -> bool:
+        """Move what can wait in host memory there; whether there was something left to move."""
+        if self.activations.type == "cpu":
+            return False
+        self.activations = CPU
+        for batch in batches:
+            batch.hidden = batch.hidden.cpu()
+        torch.cuda.empty_cache()
+        return True
 
 
 @torch.no_grad()
@@ -147,7 +155,8 @@ def quantize_gptq(
     Raises NonFiniteError naming the layer, and the sample if it is not the weights' fault.
     """
     model.eval()
-    way = _Way(torch.device(device), on_result, skip_bad_samples, on_skip)
+    device = torch.device(device)
+    way = _Way(device, on_result, skip_bad_samples, on_skip, device, device)
     layers = [model.get_submodule(name) for name in plan.blocks]
     if done and done.count == len(layers):  # nobody needs the activations
         for index in range(len(layers)):
@@ -170,7 +179,10 @@ def quantize_gptq(
                 results = []
                 readings, batches = _collect(layer, name, linears, batches, index, way)
                 while readings:  # each Hessian goes as soon as it has served
-                    for result in _solve(readings.pop(0), linears, plan.group_size, way, options):
+                    solving = _solve(
+                        readings.pop(0), linears, plan.group_size, way, batches, options
+                    )
+                    for result in solving:
                         _set_weight(visit, linears[result.target], result.solution)
                         results.append(result)
                         way.on_result(result)
@@ -193,8 +205,9 @@ def _record(model, layers: list[nn.Module], samples: list[Tensor], way: _Way) ->
                 hidden = batch.hidden
                 needed = tokens * hidden.shape[-1] * hidden.element_size()
                 free, _ = torch.cuda.mem_get_info(way.device)
-                way.offload = needed > ACTIVATIONS_SHARE * free
-            batch.hidden = batch.hidden.to(way.home)
+                if needed > ACTIVATIONS_SHARE * free:
+                    way.activations = CPU
+            batch.hidden = batch.hidden.to(way.activations)
             batches.append(batch)
     return batches
 
@@ -207,7 +220,7 @@ def _collect(layer, name, linears, batches, index, way: _Way):
     while True:
         try:
             with phase("forward"):
-                found = collect(layer, linears, batches, index, way.device, way.home)
+                found = collect(layer, linears, batches, index, way.device, way.hessians)
         except RuntimeError as error:
             if not robust.out_of_memory(error):
                 raise
@@ -225,17 +238,15 @@ def _collect(layer, name, linears, batches, index, way: _Way):
 
 
 def _make_room(batches: list[Batch], way: _Way) -> list[Batch]:
-    """Smaller batches; then activations and Hessians in host memory; then no more ideas."""
+    """Smaller batches; then activations in host memory; then Hessians; then no more ideas."""
     smaller = [half for batch in batches for half in batch.halves()]
-    if len(smaller) == len(batches):
-        if way.offload:
+    if len(smaller) == len(batches) and not way.spare_memory(smaller):
+        if way.hessians.type == "cpu":
             raise ValueError(
                 f"{way.device}: expected memory for one layer and one sample, ran out; "
                 "shorter samples (--seqlen) or --device cpu would do"
             )
-        way.offload = True
-        for batch in smaller:
-            batch.hidden = batch.hidden.cpu()
+        way.hessians = CPU
     if way.on_gpu:
         torch.cuda.empty_cache()
     return smaller
@@ -272,7 +283,7 @@ def _advance(layer, name, batches, index, way: _Way) -> list[Batch]:
             batch.hidden = None
             continue
         finite.append(finite_rows(hidden))
-        after.append(replace(batch, hidden=hidden.to(way.home)))
+        after.append(replace(batch, hidden=hidden.to(way.activations)))
         batch.hidden = None
     samples = [sample for batch in after for sample in batch.samples]
     rows = zip(samples, torch.cat(finite).tolist(), strict=True)
@@ -288,25 +299,19 @@ def _solve(
     linears: dict[Target, nn.Module],
     group_size: int,
     way: _Way,
+    batches: list[Batch],
     options: dict,
 ) -> Iterator[Result]:
     """Solve layers that read one input together."""
     targets, hessian = reading.targets, reading.hessian
     weights = [dense_weight(linears[target]) for target in targets]
-    names = ", ".join(target.name for target in targets)
-    if way.on_gpu:
-        torch.cuda.reset_peak_memory_stats(way.device)
     started = time.perf_counter()
     tokens, dead = 0, 0
-    with phase("solve"), _naming(names):
+    with phase("solve"), _naming(", ".join(target.name for target in targets)):
         if hessian is None:  # nothing is known but the weights
-            attempts = [
-                robust.Attempt(
-                    robust.clipped_rtn(weight, group_size), robust.CLIPPED_RTN,
-                    note=robust.starved(0, weight.shape[0]),
-                )
-                for weight in weights
-            ]  # fmt: skip
+            note = robust.starved(0, targets[0].k)
+            solutions = [solver.rtn(weight, group_size, clip=True) for weight in weights]
+            attempts = [robust.Attempt(s, robust.CLIPPED_RTN, note=note) for s in solutions]
         else:
             tokens = hessian.tokens
             moments = hessian.mean()
@@ -314,9 +319,15 @@ def _solve(
             dead = int((moments.diagonal() == 0).sum())
             if moments.device != weights[0].device:  # its sum found no room on the GPU; now?
                 moments, weights = _together(moments, weights)
-            attempts = robust.solve(weights, moments, tokens, group_size, **options)
+            attempts = robust.solve(
+                weights, moments, tokens, group_size,
+                make_room=lambda: way.spare_memory(batches), **options,
+            )  # fmt: skip
     seconds = (time.perf_counter() - started) / len(targets)
-    peak = torch.cuda.max_memory_allocated(way.device) if way.on_gpu else None
+    peak = None
+    if way.on_gpu:
+        peak = torch.cuda.max_memory_allocated(way.device)
+        torch.cuda.reset_peak_memory_stats(way.device)
     for target, attempt in zip(targets, attempts, strict=True):
         yield Result(
             target, attempt.solution, attempt.method, attempt.loss, attempt.rtn_loss,
