@@ -197,18 +197,28 @@ def _record(model, layers: list[nn.Module], samples: list[Tensor], way: _Way) ->
     """What enters the first layer, and what each gets beside it."""
     inside = {module for layer in layers[1:] for module in layer.modules()}
     outside = [module for module in model.base_model.modules() if module not in inside]
-    batches = []
+    tokens = BATCH_TOKENS[way.device.type]
     with phase("forward"), Visit(outside, way.device, way.dtype):
-        for batch in record_batches(model, layers, samples, BATCH_TOKENS[way.device.type]):
-            if way.on_gpu and not batches:
-                tokens = sum(sample.numel() for sample in samples)
-                hidden = batch.hidden
-                needed = tokens * hidden.shape[-1] * hidden.element_size()
-                free, _ = torch.cuda.mem_get_info(way.device)
-                if needed > ACTIVATIONS_SHARE * free:
-                    way.activations = CPU
-            batch.hidden = batch.hidden.to(way.activations)
-            batches.append(batch)
+        while True:
+            try:
+                return _record_visiting(model, layers, samples, tokens, way)
+            except RuntimeError as error:
+                if not robust.out_of_memory(error) or tokens <= 1:
+                    raise
+            torch.cuda.empty_cache()
+            tokens //= 2
+
+
+def _record_visiting(model, layers, samples, tokens: int, way: _Way) -> list[Batch]:
+    batches = []
+    for batch in record_batches(model, layers, samples, tokens):
+        if way.on_gpu and not batches:
+            size = batch.hidden.shape[-1] * batch.hidden.element_size()
+            free, _ = torch.cuda.mem_get_info(way.device)
+            if size * sum(sample.numel() for sample in samples) > ACTIVATIONS_SHARE * free:
+                way.activations = CPU
+        batch.hidden = batch.hidden.to(way.activations)
+        batches.append(batch)
     return batches
 
 
