@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import sys
 import time
@@ -11,12 +12,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import calibration, evaluate, export, report, run, walk
+from . import calibration, evaluate, export, report, run, solver, walk
 from .phases import Phases, phase
 from .plan import GROUP_SIZES, PER_COLUMN, Plan, make_plan
 from .resume import Store
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SOLVER_HELP = {
+    "clip": "search each group's scale; without, its largest weight decides",
+    "full_range": "try scales of either sign, so that the largest weight may use code -8",
+    "order": "round inputs that matter most first; the checkpoint is no different for it",
+    "refit": "fit the scales to the codes once these are known",
+    "sweeps": "times that codes are looked at again once all of them are known",
+    "metric": "by what loss a scale is chosen: block, conditional, diagonal or trial",
+    "damping": "of the second moments, relative to their mean diagonal",
+}
 MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
 
 
@@ -132,15 +142,7 @@ def add_quantize(commands) -> None:
     )
     text.add_argument("--seed", type=int, default=0, help="which samples are drawn (default: 0)")
 
-    solving = parser.add_argument_group("the solver")
-    solving.add_argument(
-        "--no-clip",
-        action="store_true",
-        help="take each group's largest weight for its scale instead of searching",
-    )
-    solving.add_argument(
-        "--damping", type=float, default=0.01, help="relative to mean(diag(H)) (default: 0.01)"
-    )
+    add_solver_options(parser.add_argument_group("the solver, whose defaults are the best known"))
 
     trouble = parser.add_argument_group("when something goes wrong")
     again = trouble.add_mutually_exclusive_group()
@@ -157,6 +159,32 @@ def add_quantize(commands) -> None:
         action="store_true",
         help="leave out samples that make activations NaN or infinite instead of stopping",
     )
+
+
+def solver_options() -> dict[str, inspect.Parameter]:
+    """The switches of ``solver.gptq``, by name, that the command line offers."""
+    parameters = inspect.signature(solver.gptq).parameters
+    return {name: parameters[name] for name in SOLVER_HELP if name in parameters}
+
+
+def add_solver_options(group) -> None:
+    for name, parameter in solver_options().items():
+        default = parameter.default
+        option = name.replace("_", "-")
+        if isinstance(default, bool):
+            group.add_argument(
+                f"--{option}",
+                action=argparse.BooleanOptionalAction,
+                default=default,
+                help=SOLVER_HELP[name],
+            )
+        else:
+            group.add_argument(
+                f"--{option}",
+                type=type(default),
+                default=default,
+                help=f"{SOLVER_HELP[name]} (default: %(default)s)",
+            )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +215,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     print_plan(plan, sum(parameter.numel() for parameter in skeleton.parameters()))
     tokenizer = load_tokenizer_if_any(args)
     samples = draw_samples(args, tokenizer, plan, config) if args.method == "gptq" else []
-    options = {"clip": not args.no_clip, "damping": args.damping} if samples else {}
+    options = {name: getattr(args, name) for name in solver_options()} if samples else {}
     settings = {
         "method": args.method,
         "group_size": args.group_size,
