@@ -240,7 +240,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     skipped: dict[int, str] = {}
     with Phases(args.device) as phases:
         with phase("load"):
-            model = export.load_model(args.model)
+            model = export.load_model(args.model, apart=True)
         loaded = time.perf_counter()
         with progress(plan) as show:
             modules = run.quantize(

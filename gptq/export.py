@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from marlin.checkpoint import load_pretrained, save_pretrained
+from marlin.experts import take_apart
 from marlin.layer import MarlinLinear, dense_layers
 
 from .resume import pack
@@ -44,7 +45,8 @@ def longest_input(config) -> int | None:
 
 
 def skeleton(source: str, config) -> PreTrainedModel:
-    """The model without its weights (on the meta device): enough to plan with, at once.
+    """The model without its weights (on the meta device): enough to plan with, at once. Experts
+    are taken apart, as in ``load_model(..., apart=True)``.
 
     Raises ModelError for what is quantized already or unknown to transformers.
     """
@@ -54,19 +56,27 @@ def skeleton(source: str, config) -> PreTrainedModel:
     cls = _model_class(source, config)
     with torch.device("meta"):
         make = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
-        return make(copy.deepcopy(config)).eval()
+        model = make(copy.deepcopy(config)).eval()
+    take_apart(model)
+    return model
 
 
-def load_model(source: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    source: str, dtype: torch.dtype | None = None, *, apart: bool = False
+) -> PreTrainedModel:
     """A model on the CPU, in ``dtype`` or as stored, ready for inference. Raises ModelError.
 
     As stored, the weights of a safetensors checkpoint stay in their files until they are touched.
+    apart: give each expert of a mixture linear layers of its own, to quantize.
     """
     cls = _model_class(source, load_config(source))
     try:
-        return cls.from_pretrained(**_location(source), dtype=dtype or "auto").eval()
+        model = cls.from_pretrained(**_location(source), dtype=dtype or "auto").eval()
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{source}: {_first_line(error)}") from error
+    if apart:
+        take_apart(model)
+    return model
 
 
 def load_any(source: str, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -132,7 +132,7 @@ def _why_kept(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-        return "fused experts: one tensor for all of them, which Marlin layers do not run yet"
+        return "experts in one tensor, of a kind that is not known here"
     return "not a linear layer"
 
 

@@ -120,15 +120,50 @@ def test_what_does_not_go_as_planned_is_said(work, capsys):
     )
 
 
-def test_models_of_experts_say_how_little_is_quantized(tmp_path, capsys):
-    config = transformers.MixtralConfig(**DECODER, num_local_experts=4)
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+def test_mixtures_of_experts(tmp_path, capsys):
+    """Each expert gets linears, Hessians and a report of its own; those in need fall back."""
+    model = save("mixtral", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    call("quantize", tmp_path / "model", "--out", tmp_path / "out", "--group-size", 32,
+         "--calibration", tmp_path / "text.txt", "--tokens", 60, "--seqlen", 30,
+         "--device", "cpu")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "To quantize: 36 linear layers in 3 blocks" in said
+    assert "Note:" not in said  # hardly anything stays in full precision
+    modules = json.loads((tmp_path / "out" / "gptq_report.json").read_text())["modules"]
+    experts = [module for module in modules if ".experts." in module["name"]]
+    starved = [module for module in experts if module["method"] == "clipped rtn"]
+    assert 0 < len(starved) < len(experts) == 24
+    for module in starved:
+        assert module["tokens"] * 8 < module["k"]
+        assert f"{module['name']}: clipped rtn ({module['note']})" in said
+    packed = load_pretrained(tmp_path / "out", dtype=torch.float32)
+    for module in modules:
+        layer = packed.get_submodule(module["name"])
+        linear = model.get_submodule(module["name"])
+        assert isinstance(layer, MarlinLinear)
+        with torch.no_grad():
+            error = (layer.dequantize() - linear.weight).norm() / linear.weight.norm()
+            linear.weight.copy_(layer.dequantize())
+        assert error < 0.2
+    ids = tokenizer()(TEXT, return_tensors="pt").input_ids[:, :64]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-2, atol=1e-2
+        )
+
+
+def test_experts_of_an_unknown_kind_stay_and_are_named(tmp_path, capsys):
+    config = transformers.Llama4TextConfig(
+        **DECODER, num_local_experts=4, intermediate_size_mlp=96, head_dim=16
+    )
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
     call("quantize", tmp_path / "model", "--out", tmp_path / "out", "--group-size", 32,
          "--method", "rtn", "--device", "cpu")  # fmt: skip
     said = capsys.readouterr().out
-    assert "model.layers.2.mlp.experts (fused experts: one tensor for all of them" in said
+    assert "layers.2.feed_forward.experts (experts in one tensor, of a kind that is not" in said
     share = re.search(r"Note: (\d+)% of the weights stay in full precision", said)
-    assert share and int(share[1]) > 85
+    assert share and int(share[1]) > 50
 
 
 def test_gptq_beats_rounding_on_its_own_text_and_eval_measures_it(work, capsys):

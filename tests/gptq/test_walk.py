@@ -1,6 +1,8 @@
 """The walk over small models of every architecture: nothing about a model may be assumed."""
 
+import collections
 import copy
+import re
 
 import pytest
 import torch
@@ -88,9 +90,16 @@ def test_quantizes_every_linear_of_every_layer_and_nothing_else(name):
     model = build(name)
     before = copy.deepcopy(model)
     plan, results = quantize(model, token_samples())
-    per_layer = {"gpt2": 4, "bert": 6}.get(name, 7)
+    per_layer = {"gpt2": 4, "bert": 6, "mixtral": 4 + 4 * 2}.get(name, 7)
     assert len(results) == 3 * per_layer == len(plan.all_targets())
-    assert all(result.method == "gptq" and result.tokens == 90 for result in results)
+    expert = re.compile(r"layers\.(\d)\.mlp\.experts\.\d\.gate_up_proj")
+    read = collections.Counter()
+    for result in results:
+        if ".experts." not in result.target.name:
+            assert result.method == "gptq" and result.tokens == 90
+        elif found := expert.search(result.target.name):
+            read[found[1]] += result.tokens
+    assert set(read.values()) <= {2 * 90}  # two experts read each token
 
     changed = set()
     originals = dict(before.named_parameters())
@@ -126,7 +135,7 @@ def test_loses_less_than_rounding_in_every_layer(name):
 @pytest.mark.parametrize("name", ALL)
 def test_solutions_come_from_what_each_layer_reads(name):
     """Layer by layer: the inputs are those behind the quantized layers before it."""
-    model, samples = build(name), token_samples()
+    model, samples = build(name), token_samples(*[(90, 80, 70, 80, 60)] * (name == "mixtral"))
     half_done = copy.deepcopy(model)
     plan = make_plan(model, 32)
     for targets, results in zip(
