@@ -6,7 +6,7 @@ on the GPU is solved on the CPU. Layers that saw too few tokens for their H to m
 (experts that the router starved) are rounded too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,8 @@ RTN, CLIPPED_RTN = "rtn", "clipped rtn"
 # inputs 0.27 to 0.91 in five layers; with a 24th 6.0 in a layer that has a few huge activations,
 # as long as none of them is among the tokens. Clipped rounding has 0.85 to 1.03.
 STARVED = 8
+# Solved together: the solver holds a dozen FP32 tensors of this size, a gigabyte each.
+MOST_WEIGHTS = 2**28
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,35 @@ def solve(
 def _solve(
     weights: list[Tensor], hessian: Tensor, tokens: int, group_size: int, options: dict
 ) -> list[Attempt]:
-    side_by_side = torch.cat(weights, dim=1)  # they share the factorization and the loop
-    reason = starved(tokens, len(hessian))
-    if reason:
-        whole = Attempt(solver.rtn(side_by_side, group_size, clip=True), CLIPPED_RTN, note=reason)
-    else:
-        whole = _escalate(side_by_side, hessian, group_size, options)
-    del side_by_side
-    attempts, start = [], 0
-    for weight in weights:
-        solution = whole.solution.outputs(start, start + weight.shape[1])
-        start += weight.shape[1]
-        rounded = solver.rtn(weight, group_size)
-        loss = solver.output_loss(weight, solution, hessian)
-        rtn_loss = solver.output_loss(weight, rounded, hessian)
-        attempts.append(replace(whole, solution=solution, loss=loss, rtn_loss=rtn_loss))
+    attempts = []
+    for together in _parts(weights):
+        side_by_side = torch.cat(together, dim=1)  # they share the factorization and the loop
+        if reason := starved(tokens, len(hessian)):
+            solution = solver.rtn(side_by_side, group_size, clip=True)
+            whole = Attempt(solution, CLIPPED_RTN, note=reason)
+        else:
+            whole = _escalate(side_by_side, hessian, group_size, options)
+        del side_by_side
+        start = 0
+        for weight in together:
+            solution = whole.solution.outputs(start, start + weight.shape[1])
+            start += weight.shape[1]
+            rounded = solver.rtn(weight, group_size)
+            loss = solver.output_loss(weight, solution, hessian)
+            rtn_loss = solver.output_loss(weight, rounded, hessian)
+            attempts.append(replace(whole, solution=solution, loss=loss, rtn_loss=rtn_loss))
     return attempts
+
+
+def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The weights in runs that are small enough to be solved together."""
+    run: list[Tensor] = []
+    for weight in weights:
+        if run and sum(w.numel() for w in run) + weight.numel() > MOST_WEIGHTS:
+            yield run
+            run = []
+        run.append(weight)
+    yield run
 
 
 def _escalate(weight: Tensor, hessian: Tensor, group_size: int, options: dict) -> Attempt:

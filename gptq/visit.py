@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 class Visit:
-    """Parameters and buffers of some modules (not their children's) on a device.
+    """Parameters and buffers of some modules (not their children's), brought to a device.
 
-    Used as a context manager. dtype: what floating values are computed in, None for their own.
-    read_ahead: from ``read_ahead`` on the same modules.
+    A context manager: what was there before is back at its end. dtype: what floating values are
+    computed in, None for their own.
     """
 
     def __init__(
@@ -24,17 +24,19 @@ class Visit:
         modules: Iterable[nn.Module],
         device: torch.device | str,
         dtype: torch.dtype | None = None,
-        read_ahead: "Future[dict[int, Tensor]] | None" = None,
     ) -> None:
         self._modules = list(modules)
         self._device, self._dtype = device, dtype
-        self._read_ahead = read_ahead
         self._parameters: dict[nn.Parameter, Tensor] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._changed: set[nn.Parameter] = set()
 
     def __enter__(self) -> "Visit":
-        ready = self._read_ahead.result() if self._read_ahead else {}
+        return self
+
+    def bring(self, read_ahead: "Future[dict[int, Tensor]] | None" = None) -> None:
+        """Move them there, once. read_ahead: from ``read_ahead`` on the same modules."""
+        ready = read_ahead.result() if read_ahead else {}
         for module in self._modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter not in self._parameters:
@@ -44,7 +46,6 @@ class Visit:
                 if buffer is not None:
                     self._buffers.append((module, name, buffer))
                     module._buffers[name] = self._moved(buffer)
-        return self
 
     def __exit__(self, *error) -> None:
         for parameter, stored in self._parameters.items():

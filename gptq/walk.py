@@ -113,13 +113,15 @@ def quantize_rtn(
             continue
         layer = model.get_submodule(name)
         with Visit(layer.modules(), device) as visit:
+            with phase("load"):
+                visit.bring()
             results = []
             for target in plan.targets[index]:
                 started = time.perf_counter()
                 module = model.get_submodule(target.name)
                 with phase("solve"), _naming(target.name):
                     solution = solver.rtn(dense_weight(module), plan.group_size)
-                _set_weight(visit, module, solution)
+                    _set_weight(visit, module, solution)
                 seconds = time.perf_counter() - started
                 results.append(Result(target, solution, robust.RTN, seconds=seconds))
                 on_result(results[-1])
@@ -166,9 +168,9 @@ def quantize_gptq(
     ahead = None
     for index, (layer, name) in enumerate(zip(layers, plan.blocks, strict=True)):
         last = index + 1 == len(layers)
-        with phase("load"):
-            visit = Visit(layer.modules(), way.device, way.dtype, ahead).__enter__()
-        with visit:
+        with Visit(layer.modules(), way.device, way.dtype) as visit:
+            with phase("load"):
+                visit.bring(ahead)
             ahead = read_ahead(layers[index + 1].modules()) if way.on_gpu and not last else None
             linears = {target: model.get_submodule(target.name) for target in plan.targets[index]}
             if done and index < done.count:
@@ -198,7 +200,8 @@ def _record(model, layers: list[nn.Module], samples: list[Tensor], way: _Way) ->
     inside = {module for layer in layers[1:] for module in layer.modules()}
     outside = [module for module in model.base_model.modules() if module not in inside]
     tokens = BATCH_TOKENS[way.device.type]
-    with phase("forward"), Visit(outside, way.device, way.dtype):
+    with phase("forward"), Visit(outside, way.device, way.dtype) as visit:
+        visit.bring()
         while True:
             try:
                 return _record_visiting(model, layers, samples, tokens, way)
@@ -357,7 +360,8 @@ def _together(moments: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tens
 
 def _set_weight(visit: Visit, module: nn.Module, solution: solver.Solution) -> None:
     """Overwrite the weight with the values its codes stand for."""
-    values = solution.dequantize()
+    with phase("solve"):
+        values = solution.dequantize()
     visit.change(module.weight, values if is_conv1d(module) else values.t().contiguous())
 
 

@@ -26,6 +26,7 @@ def work(tmp_path_factory):
     """A model, and what an uninterrupted run makes of it."""
     folder = tmp_path_factory.mktemp("resume")
     save("llama", folder / "model")
+    (folder / "text.txt").write_text("for name in names:\n    print(name, len(name))\n" * 60)
     assert quantize(folder, "whole") == 0
     return folder
 
@@ -33,7 +34,8 @@ def work(tmp_path_factory):
 def arguments(work, out, *more):
     return [
         "quantize", str(work / "model"), "--out", str(work / out), "--group-size", "32",
-        "--tokens", "500", "--seqlen", "96", "--device", "cpu", *more,
+        "--tokens", "500", "--seqlen", "96", "--device", "cpu",
+        "--calibration", str(work / "text.txt"), *more,
     ]  # fmt: skip
 
 

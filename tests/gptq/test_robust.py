@@ -26,6 +26,24 @@ def test_the_usual_case_is_the_solver_with_losses():
         assert attempt.rtn_loss == solver.output_loss(part, solver.rtn(part, 32), hessian)
 
 
+def test_many_outputs_are_solved_in_parts(monkeypatch):
+    weight, hessian = problem(n=40)
+    parts = [weight[:, :8], weight[:, 8:16], weight[:, 16:]]
+    expected = robust.solve(parts, hessian, 200, 32)
+    sizes = []
+    gptq = solver.gptq
+    monkeypatch.setattr(
+        solver,
+        "gptq",
+        lambda weight, *a, **o: sizes.append(weight.shape[1]) or gptq(weight, *a, **o),
+    )
+    monkeypatch.setattr(robust, "MOST_WEIGHTS", 64 * 20)
+    attempts = robust.solve(parts, hessian, 200, 32)
+    assert sizes == [16, 24]
+    for a, b in zip(attempts, expected, strict=True):
+        assert torch.equal(a.solution.codes, b.solution.codes) and a.loss == b.loss
+
+
 def test_float64_when_no_damping_helps_float32(monkeypatch):
     weight, hessian = problem()
     factor = solver.factor
