@@ -8,6 +8,7 @@ plan         which layers get quantized
 record       what a model hands its layers
 visit        modules on a device for a while
 collect      Hessians of one layer's linears
+travellers   the samples on their way through the layers
 robust       a solution for every layer, whatever happens
 walk         one decoder layer at a time through a model
 resume       finished layers of an unfinished run

@@ -38,15 +38,16 @@ class Batch:
     hidden: Tensor  # (rows, length, width): what enters the next layer
     calls: list[Call | None]  # by layer; None for those that need it no more
 
-    def rows(self, keep: list[int]) -> "Batch":
-        """Some of the samples."""
+    def rows(self, keep: list[int] | slice) -> "Batch":
+        """Some of the samples; a slice of them shares this batch's memory."""
         size = len(self.samples)
+        samples = self.samples[keep] if isinstance(keep, slice) else [self.samples[i] for i in keep]
 
         def cut(tensor: Tensor) -> Tensor:
             # Masks and positions have a row per sample, or one row for all of them.
             return tensor[keep] if tensor.dim() > 1 and tensor.shape[0] == size > 1 else tensor
 
-        return self._map([self.samples[row] for row in keep], self.hidden[keep], cut)
+        return self._map(samples, self.hidden[keep], cut)
 
     def only(self, samples: Container[int]) -> "Batch":
         return self.rows([row for row, sample in enumerate(self.samples) if sample in samples])
@@ -59,7 +60,7 @@ class Batch:
         size = len(self.samples)
         if size == 1:
             return [self]
-        return [self.rows(list(range(size // 2))), self.rows(list(range(size // 2, size)))]
+        return [self.rows(slice(size // 2)), self.rows(slice(size // 2, size))]
 
     def to(self, device: torch.device | str) -> "Batch":
         return self._map(self.samples, self.hidden.to(device), lambda tensor: tensor.to(device))

@@ -6,9 +6,8 @@ samples again. So every layer is fitted to what the quantized layers before it p
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,11 @@ from transformers import PreTrainedModel
 from marlin.layer import dense_weight, is_conv1d
 
 from . import robust, solver
-from .collect import Reading, collect, finite_rows, locate
+from .collect import Reading
 from .phases import phase
 from .plan import Plan, Target
-from .record import Batch, record_batches
+from .travellers import Travellers
 from .visit import Visit, read_ahead
-
-# How much goes through a layer at a time: enough to keep a GPU busy; a CPU is with one sample.
-BATCH_TOKENS = {"cuda": 16384, "cpu": 1}
-# Activations stay on the GPU if they take no more than this share of its free memory.
-ACTIVATIONS_SHARE = 0.4
-CPU = torch.device("cpu")
-
-
-class NonFiniteError(ValueError):
-    """NaN or infinite weights or activations."""
 
 
 @dataclass(frozen=True)
@@ -62,38 +51,6 @@ def _ignore(*args) -> None:
     pass
 
 
-@dataclass
-class _Way:
-    """How to go, and what it takes to get through."""
-
-    device: torch.device
-    on_result: Callable[[Result], None]
-    skip_bad_samples: bool = False
-    on_skip: Callable[[int, str], None] = _ignore
-    # Where activations wait for their turn, and where Hessians are summed up.
-    activations: torch.device = CPU
-    hessians: torch.device = CPU
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        # Half precision is slow on CPUs, and rounding would add up over the layers.
-        return None if self.on_gpu else torch.float32
-
-    def spare_memory(self, batches: list[Batch]) -> bool:
-        """Move what can wait in host memory there; whether there was something left to move."""
-        if self.activations.type == "cpu":
-            return False
-        self.activations = CPU
-        for batch in batches:
-            batch.hidden = batch.hidden.cpu()
-        torch.cuda.empty_cache()
-        return True
-
-
 @torch.no_grad()
 def quantize_rtn(
     model: PreTrainedModel,
@@ -106,10 +63,7 @@ def quantize_rtn(
     """Round every target to nearest, in place; yields the results of each decoder layer."""
     for index, name in enumerate(plan.blocks):
         if done and index < done.count:
-            results = done.results(index)
-            for result in results:
-                on_result(result)
-            yield results
+            yield _heard(on_result, done.results(index))
             continue
         layer = model.get_submodule(name)
         with Visit(layer.modules(), device) as visit:
@@ -158,161 +112,52 @@ def quantize_gptq(
     """
     model.eval()
     device = torch.device(device)
-    way = _Way(device, on_result, skip_bad_samples, on_skip, device, device)
     layers = [model.get_submodule(name) for name in plan.blocks]
     if done and done.count == len(layers):  # nobody needs the activations
         for index in range(len(layers)):
-            yield _heard(way, done.results(index))
+            yield _heard(on_result, done.results(index))
         return
-    batches = _record(model, layers, samples, way)
+    # Half precision is slow on CPUs, and rounding would add up over the layers.
+    dtype = torch.float32 if device.type == "cpu" else None
+    travellers = Travellers(device, dtype, skip_bad_samples, on_skip)
+    with phase("forward"):
+        travellers.depart(model, layers, samples)
     ahead = None
     for index, (layer, name) in enumerate(zip(layers, plan.blocks, strict=True)):
         last = index + 1 == len(layers)
-        with Visit(layer.modules(), way.device, way.dtype) as visit:
+        with Visit(layer.modules(), device, dtype) as visit:
             with phase("load"):
                 visit.bring(ahead)
-            ahead = read_ahead(layers[index + 1].modules()) if way.on_gpu and not last else None
+            ahead = None
+            if device.type == "cuda" and not last:
+                ahead = read_ahead(layers[index + 1].modules())
             linears = {target: model.get_submodule(target.name) for target in plan.targets[index]}
             if done and index < done.count:
-                results = _heard(way, done.results(index))
+                results = _heard(on_result, done.results(index))
                 for result in results:
                     _set_weight(visit, linears[result.target], result.solution)
             else:
                 results = []
-                readings, batches = _collect(layer, name, linears, batches, index, way)
+                with phase("forward"):
+                    readings = travellers.collect(layer, name, index, linears)
                 while readings:  # each Hessian goes as soon as it has served
-                    solving = _solve(
-                        readings.pop(0), linears, plan.group_size, way, batches, options
-                    )
-                    for result in solving:
+                    reading = readings.pop(0)
+                    for result in _solve(reading, linears, plan.group_size, travellers, options):
                         _set_weight(visit, linears[result.target], result.solution)
                         results.append(result)
-                        way.on_result(result)
+                        on_result(result)
             if not last:  # nobody reads what the last one puts out
                 with phase("forward"):
-                    batches = _advance(layer, name, batches, index, way)
+                    travellers.advance(layer, name, index)
             yield results
             visit.forget_all_but(layer.parameters())
-
-
-def _record(model, layers: list[nn.Module], samples: list[Tensor], way: _Way) -> list[Batch]:
-    """What enters the first layer, and what each gets beside it."""
-    inside = {module for layer in layers[1:] for module in layer.modules()}
-    outside = [module for module in model.base_model.modules() if module not in inside]
-    tokens = BATCH_TOKENS[way.device.type]
-    with phase("forward"), Visit(outside, way.device, way.dtype) as visit:
-        visit.bring()
-        while True:
-            try:
-                return _record_visiting(model, layers, samples, tokens, way)
-            except RuntimeError as error:
-                if not robust.out_of_memory(error) or tokens <= 1:
-                    raise
-            torch.cuda.empty_cache()
-            tokens //= 2
-
-
-def _record_visiting(model, layers, samples, tokens: int, way: _Way) -> list[Batch]:
-    batches = []
-    for batch in record_batches(model, layers, samples, tokens):
-        if way.on_gpu and not batches:
-            size = batch.hidden.shape[-1] * batch.hidden.element_size()
-            free, _ = torch.cuda.mem_get_info(way.device)
-            if size * sum(sample.numel() for sample in samples) > ACTIVATIONS_SHARE * free:
-                way.activations = CPU
-        batch.hidden = batch.hidden.to(way.activations)
-        batches.append(batch)
-    return batches
-
-
-def _collect(layer, name, linears, batches, index, way: _Way):
-    """Hessians of a layer's linears, and the batches as they could be run."""
-    for target, linear in linears.items():
-        if not torch.isfinite(linear.weight).all():
-            raise NonFiniteError(f"{target.name}: expected finite weights, got NaN or Inf")
-    while True:
-        try:
-            with phase("forward"):
-                found = collect(layer, linears, batches, index, way.device, way.hessians)
-        except RuntimeError as error:
-            if not robust.out_of_memory(error):
-                raise
-            found = None
-        if found is None:  # outside the except block, whose error keeps tensors alive
-            batches = _make_room(batches, way)
-        elif found.bad_samples:
-            rows = [batch.only(found.bad_samples) for batch in batches]
-            suspects = [batch for batch in rows if batch.samples]
-            bad = locate(layer, name, linears, suspects, index, way.device)
-            # A sample that is fine when it runs alone was not when it ran with others.
-            batches = _drop(batches, dict.fromkeys(found.bad_samples, name) | bad, way)
-        else:
-            return found.readings, batches
-
-
-def _make_room(batches: list[Batch], way: _Way) -> list[Batch]:
-    """Smaller batches; then activations in host memory; then Hessians; then no more ideas."""
-    smaller = [half for batch in batches for half in batch.halves()]
-    if len(smaller) == len(batches) and not way.spare_memory(smaller):
-        if way.hessians.type == "cpu":
-            raise ValueError(
-                f"{way.device}: expected memory for one layer and one sample, ran out; "
-                "shorter samples (--seqlen) or --device cpu would do"
-            )
-        way.hessians = CPU
-    if way.on_gpu:
-        torch.cuda.empty_cache()
-    return smaller
-
-
-def _drop(batches: list[Batch], bad: dict[int, str], way: _Way) -> list[Batch]:
-    """The batches without the samples in ``bad``, if going on was asked for."""
-    sample, place = min(bad.items())
-    what = f"{place}: expected finite activations, got NaN or Inf"
-    if not way.skip_bad_samples:
-        raise NonFiniteError(f"{what} in sample {sample} (--skip-bad-samples goes on without it)")
-    kept = [batch.without(bad) for batch in batches if not bad.keys() >= set(batch.samples)]
-    if not kept:
-        raise NonFiniteError(f"{what} in every sample")
-    for sample, place in sorted(bad.items()):
-        way.on_skip(sample, place)
-    return kept
-
-
-def _advance(layer, name, batches, index, way: _Way) -> list[Batch]:
-    """What enters the next layer."""
-    waiting, after, finite = deque(batches), [], []
-    while waiting:
-        batch = waiting.popleft()
-        try:
-            hidden = batch.calls[index].run(layer, batch.hidden.to(way.device))
-        except RuntimeError as error:
-            if not robust.out_of_memory(error) or len(batch.samples) == 1:
-                raise
-            hidden = None
-        if hidden is None:  # outside the except block, whose error keeps tensors alive
-            torch.cuda.empty_cache()
-            waiting.extendleft(reversed(batch.halves()))
-            batch.hidden = None
-            continue
-        finite.append(finite_rows(hidden))
-        after.append(replace(batch, hidden=hidden.to(way.activations)))
-        batch.hidden = None
-    samples = [sample for batch in after for sample in batch.samples]
-    rows = zip(samples, torch.cat(finite).tolist(), strict=True)
-    if bad := {sample: f"{name}, quantized" for sample, fine in rows if not fine}:
-        after = _drop(after, bad, way)
-    for batch in after:
-        batch.calls[index] = None
-    return after
 
 
 def _solve(
     reading: Reading,
     linears: dict[Target, nn.Module],
     group_size: int,
-    way: _Way,
-    batches: list[Batch],
+    travellers: Travellers,
     options: dict,
 ) -> Iterator[Result]:
     """Solve layers that read one input together."""
@@ -334,13 +179,13 @@ def _solve(
                 moments, weights = _together(moments, weights)
             attempts = robust.solve(
                 weights, moments, tokens, group_size,
-                make_room=lambda: way.spare_memory(batches), **options,
+                make_room=travellers.spare_memory, **options,
             )  # fmt: skip
     seconds = (time.perf_counter() - started) / len(targets)
     peak = None
-    if way.on_gpu:
-        peak = torch.cuda.max_memory_allocated(way.device)
-        torch.cuda.reset_peak_memory_stats(way.device)
+    if travellers.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(travellers.device)
+        torch.cuda.reset_peak_memory_stats(travellers.device)
     for target, attempt in zip(targets, attempts, strict=True):
         yield Result(
             target, attempt.solution, attempt.method, attempt.loss, attempt.rtn_loss,
@@ -365,9 +210,9 @@ def _set_weight(visit: Visit, module: nn.Module, solution: solver.Solution) -> N
     visit.change(module.weight, values if is_conv1d(module) else values.t().contiguous())
 
 
-def _heard(way: _Way, results: list[Result]) -> list[Result]:
+def _heard(on_result: Callable[[Result], None], results: list[Result]) -> list[Result]:
     for result in results:
-        way.on_result(result)
+        on_result(result)
     return results
 
 

@@ -9,7 +9,7 @@ import torch
 from models import BUILD, HIDDEN, MLP, build, token_samples
 from torch import nn
 
-from gptq import grid, record, solver, walk
+from gptq import grid, record, solver, travellers, walk
 from gptq.hessian import Hessian
 from gptq.plan import find_blocks, make_plan
 from marlin.layer import dense_weight
@@ -209,16 +209,16 @@ def with_a_bad_token(token=299):
 
 @pytest.mark.parametrize("tokens", [1, 96])
 def test_activations_that_are_not_finite_name_layer_and_sample(tokens, monkeypatch):
-    monkeypatch.setitem(walk.BATCH_TOKENS, "cpu", tokens)
+    monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", tokens)
     model, samples = with_a_bad_token()
     message = r"model\.layers\.0\.self_attn\.q_proj: input: .* NaN or Inf in sample 2 "
-    with pytest.raises(walk.NonFiniteError, match=message):
+    with pytest.raises(travellers.NonFiniteError, match=message):
         quantize(model, samples)
 
 
 @pytest.mark.parametrize("tokens", [1, 96])
 def test_bad_samples_are_left_out_on_request(tokens, monkeypatch):
-    monkeypatch.setitem(walk.BATCH_TOKENS, "cpu", tokens)
+    monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", tokens)
     model, samples = with_a_bad_token()
     rest = copy.deepcopy(model)
     left_out = {}
@@ -246,7 +246,7 @@ def test_infinity_that_a_layer_swallows_is_found_too():
     for layer in model.model.layers:
         layer.post_attention_layernorm = nn.Sequential(layer.post_attention_layernorm, Swallow())
     message = r"layers\.0\.post_attention_layernorm\.1\.inner: input: .* in sample 1 "
-    with pytest.raises(walk.NonFiniteError, match=message):
+    with pytest.raises(travellers.NonFiniteError, match=message):
         quantize(model, samples)
 
 
@@ -254,7 +254,7 @@ def test_when_no_sample_is_finite_skipping_does_not_help():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[0] = torch.nan
-    with pytest.raises(walk.NonFiniteError, match=r"layers\.1\.self_attn.* in every sample"):
+    with pytest.raises(travellers.NonFiniteError, match=r"layers\.1\.self_attn.* in every sample"):
         quantize(model, token_samples(), skip_bad_samples=True)
 
 
@@ -263,7 +263,7 @@ def test_weights_that_are_not_finite_are_named():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
     message = r"model\.layers\.1\.mlp\.down_proj: expected finite weights"
-    with pytest.raises(walk.NonFiniteError, match=message):
+    with pytest.raises(travellers.NonFiniteError, match=message):
         quantize(copy.deepcopy(model), token_samples(), skip_bad_samples=True)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: weight: expected"):
         list(walk.quantize_rtn(model, make_plan(model, 32)))
@@ -361,7 +361,7 @@ def out_of_memory_when(condition, monkeypatch, module, name):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_batches_that_do_not_fit_are_halved(late, monkeypatch):
-    monkeypatch.setitem(walk.BATCH_TOKENS, "cpu", 96)
+    monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", 96)
     samples = token_samples((24, 24, 24, 24, 40))
     whole = build("llama")
     with torch.no_grad():
@@ -373,7 +373,11 @@ def test_batches_that_do_not_fit_are_halved(late, monkeypatch):
     too_many = lambda self, hidden, *args: rows.append(len(hidden)) or len(hidden) > 1  # noqa: E731
     out_of_memory_when(too_many, monkeypatch, type(torn.model.layers[0]), "forward")
     if late:  # recording still works
-        monkeypatch.setattr(walk, "_record", lambda model, layers, samples, way: batches)
+
+        def arrive(self, *args):
+            self.batches = batches
+
+        monkeypatch.setattr(travellers.Travellers, "depart", arrive)
     _, results = quantize(torn, samples)
     assert 4 in rows and 1 in rows
     for a, b in zip(results, expected, strict=True):
@@ -383,7 +387,7 @@ def test_batches_that_do_not_fit_are_halved(late, monkeypatch):
 
 
 def test_memory_that_never_suffices_is_an_error_that_says_what_would_help(monkeypatch):
-    out_of_memory_when(lambda *args: True, monkeypatch, walk, "collect")
+    out_of_memory_when(lambda *args: True, monkeypatch, travellers, "collect")
     with pytest.raises(ValueError, match="ran out; shorter samples"):
         quantize(build("llama"), token_samples())
 
