@@ -161,6 +161,7 @@ def _read(manifest: Path) -> dict:
 
 
 def _compare(before: dict, now: dict, folder: Path) -> None:
+    before, now = _flat(before), _flat(now)
     differences = [
         f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
@@ -171,6 +172,15 @@ def _compare(before: dict, now: dict, folder: Path) -> None:
             f"{folder}: expected the settings of the run that began there; "
             f"{'; '.join(differences)}. The same settings go on, --restart starts over"
         )
+
+
+def _flat(pins: dict) -> dict:
+    """One level of names within names: options.damping."""
+    flat = {}
+    for name, value in pins.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": part for key, part in inner.items()} or {name: value}
+    return flat
 
 
 def _short(value) -> str:

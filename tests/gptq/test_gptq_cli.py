@@ -206,7 +206,7 @@ def test_packed_layers_compute_what_was_solved(work):
     ids = tokenizer()(TEXT, return_tensors="pt").input_ids[:, :64]
     with torch.no_grad():
         torch.testing.assert_close(
-            packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+            packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=3e-3
         )
 
 

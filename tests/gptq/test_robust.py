@@ -103,8 +103,12 @@ def test_cuda_out_of_memory_makes_room_then_goes_to_the_cpu(error, monkeypatch):
         return gptq(weight, *args, **options)
 
     monkeypatch.setattr(solver, "gptq", failing)
-    # Concatenation would lose the disguise.
-    monkeypatch.setattr(torch, "cat", lambda tensors, dim: tensors[0])
+    cat = torch.cat  # would lose the disguise
+    monkeypatch.setattr(
+        torch, "cat", lambda tensors, *args, **o: (
+            tensors[0] if isinstance(tensors[0], Elsewhere) else cat(tensors, *args, **o)
+        ),
+    )  # fmt: skip
     rooms = iter([True, False])
     (attempt,) = robust.solve(
         [weight.as_subclass(Elsewhere)], hessian, 200, 32, make_room=lambda: next(rooms)
