@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from bench.machine import describe_run
 from bench.report import number, table, write_result
 
-PHASES = ("load", "forward", "factor", "solve", "write", "other")
+PHASES = ("load", "forward", "factor", "solve", "loss", "write", "other")
 GB = 1e9
 
 

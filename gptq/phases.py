@@ -1,4 +1,4 @@
-"""Where the seconds of a run go: load, forward, factor, solve, write.
+"""Where the seconds of a run go: load, forward, factor, solve, loss, write.
 
 Code marks what it does with ``with phase("solve"):``; whoever wants to know opens a ``Phases``.
 Without one the marks cost nothing. A phase within a phase is taken out of the outer one, so the

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import solver
+from .phases import phase
 
 GPTQ, GPTQ_FP64 = "gptq", "gptq in float64"
 RTN, CLIPPED_RTN = "rtn", "clipped rtn"
@@ -100,10 +101,21 @@ def _solve(
             solution = whole.solution.outputs(start, start + weight.shape[1])
             start += weight.shape[1]
             rounded = solver.rtn(weight, group_size)
-            loss = solver.output_loss(weight, solution, hessian)
-            rtn_loss = solver.output_loss(weight, rounded, hessian)
+            with phase("loss"):
+                loss, rtn_loss = _losses(weight, [solution, rounded], hessian)
             attempts.append(replace(whole, solution=solution, loss=loss, rtn_loss=rtn_loss))
     return attempts
+
+
+def _losses(weight: Tensor, solutions: list[solver.Solution], hessian: Tensor) -> list[float]:
+    """``solver.output_loss`` of each, where the products that they share are made once."""
+    weight = weight.to(hessian.dtype)
+    energy = ((hessian @ weight) * weight).sum().clamp(min=torch.finfo(hessian.dtype).tiny)
+    losses = []
+    for solution in solutions:
+        error = weight - solution.dequantize()
+        losses.append((((hessian @ error) * error).sum() / energy).item())
+    return losses
 
 
 def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:
