@@ -1,6 +1,7 @@
 """One quantization from start to end: walk, keep each finished layer, put Marlin layers in."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,15 @@ def quantize(
     samples: int64 (1, length) each; for method "rtn" they are not needed.
     The rest: see ``walk.quantize_gptq``.
     """
-    common = {"device": device, "on_result": on_result, "done": store.done}
+    writing: dict[int, Future] = {}
+    writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+
+    def write(index: int, results: list[walk.Result]) -> None:  # while the GPU goes on
+        writing[index] = writer.submit(store.write, index, results)
+
+    common = {
+        "device": device, "on_result": on_result, "on_layer": write, "done": store.done,
+    }  # fmt: skip
     if method == "rtn":
         steps = walk.quantize_rtn(model, plan, **common)
     else:
@@ -40,10 +49,11 @@ def quantize(
             **common, **options,
         )  # fmt: skip
     modules: list[dict] = []
-    for index, results in enumerate(steps):
-        with phase("write"):
-            if index >= store.count:
-                store.write(index, results)
-            export.replace(model, store.layers(index, model))
-        modules += [report.module(result) for result in results]
+    with writer:
+        for index, results in enumerate(steps):
+            with phase("write"):
+                if index in writing:
+                    writing.pop(index).result()
+                export.replace(model, store.layers(index, model))
+            modules += [report.module(result) for result in results]
     return modules

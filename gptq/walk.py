@@ -58,9 +58,13 @@ def quantize_rtn(
     *,
     device: torch.device | str = "cpu",
     on_result: Callable[[Result], None] = _ignore,
+    on_layer: Callable[[int, list[Result]], None] = _ignore,
     done: Done | None = None,
 ) -> Iterator[list[Result]]:
-    """Round every target to nearest, in place; yields the results of each decoder layer."""
+    """Round every target to nearest, in place; yields the results of each decoder layer.
+
+    Arguments as for ``quantize_gptq``.
+    """
     for index, name in enumerate(plan.blocks):
         if done and index < done.count:
             yield _heard(on_result, done.results(index))
@@ -79,6 +83,7 @@ def quantize_rtn(
                 seconds = time.perf_counter() - started
                 results.append(Result(target, solution, robust.RTN, seconds=seconds))
                 on_result(results[-1])
+            on_layer(index, results)
             yield results
             visit.forget_all_but(layer.parameters())
 
@@ -91,6 +96,7 @@ def quantize_gptq(
     *,
     device: torch.device | str = "cpu",
     on_result: Callable[[Result], None] = _ignore,
+    on_layer: Callable[[int, list[Result]], None] = _ignore,
     skip_bad_samples: bool = False,
     on_skip: Callable[[int, str], None] = _ignore,
     done: Done | None = None,
@@ -104,7 +110,8 @@ def quantize_gptq(
     model: on the CPU. samples: int64 (1, length) each.
     device: where layers are worked on, one after the other. On the CPU they compute in FP32, on
         a GPU in their own type.
-    on_result: hears of every linear as it is solved.
+    on_result: hears of every linear as it is solved. on_layer: of every decoder layer's number and
+        results that are not done before, when the samples have yet to go through it.
     skip_bad_samples: leave out samples that lead to NaN or infinite activations instead of
         stopping; on_skip hears the number of each, and where it showed first.
     options: for ``solver.gptq``.
@@ -146,6 +153,7 @@ def quantize_gptq(
                         _set_weight(visit, linears[result.target], result.solution)
                         results.append(result)
                         on_result(result)
+                on_layer(index, results)
             if not last:  # nobody reads what the last one puts out
                 with phase("forward"):
                     travellers.advance(layer, name, index)
