@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import inspect
 import json
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -266,6 +267,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         "seconds": {"load": loaded - started, "quantize": quantized - loaded},
         "phases": {name: round(value, 3) for name, value in phases.seconds.items()},
         "peak_bytes": max((m["peak_bytes"] or 0 for m in modules), default=0) or None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "skipped_samples": skipped,
         **report.everything(plan, modules),
     }

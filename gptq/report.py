@@ -44,6 +44,7 @@ def markdown(run: dict) -> str:
         f"- Method: {run['method']}, group size {run['group_size']}",
         f"- Calibration: {calibration}",
         f"- Seconds on {run['device']}: {seconds}",
+        f"- Peak host memory, mapped files included: {run['peak_host_bytes'] / 1e9:.2f} GB",
         *([f"- Peak GPU memory: {run['peak_bytes'] / 1e9:.2f} GB"] if run["peak_bytes"] else []),
         *(f"- Left out sample {n}: {place}" for n, place in run["skipped_samples"].items()),
         *(f"- Full precision: {name} ({why})" for name, why in run["full_precision"].items()),
