@@ -97,6 +97,25 @@ def add_call(commands) -> None:
     parser.set_defaults(module="call")
 
 
+def add_quantize(commands) -> None:
+    parser = commands.add_parser("quantize", help="seconds and memory that GPTQ takes, by phase")
+    add_common(parser, quick="two layers of each, an eighth of the tokens")
+    parser.add_argument("--models", type=names, metavar="NAME,…",
+                        help="shapes, with random weights: Llama-3-8B, Llama-3-70B (default: "
+                        "these), SmolLM2-135M, tiny")  # fmt: skip
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help="how many are run, the rest is extrapolated (default: all; of "
+                        "Llama-3-70B 4)")  # fmt: skip
+    parser.add_argument("--tokens", type=int, help="of calibration (default: 128 x 2048)")
+    parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES)
+    parser.add_argument("--memory", type=float, metavar="GB",
+                        help="of the GPU, and no more (default: 25 for Llama-3-70B)")  # fmt: skip
+    parser.add_argument("--dir", metavar="DIR",
+                        help="where checkpoints lie for a while (default: /tmp)")  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="a line for each linear")
+    parser.set_defaults(module="quantize")
+
+
 def add_plot(commands) -> None:
     parser = commands.add_parser("plot", help="draw a gemm result: speed-up, percent of floor")
     parser.add_argument("results", type=Path, nargs="*", metavar="gemm.json",
@@ -108,7 +127,7 @@ def add_plot(commands) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_plot):
+    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_quantize, add_plot):
         add(commands)
     return parser
 

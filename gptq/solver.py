@@ -18,9 +18,15 @@ import torch
 from torch import Tensor
 
 from . import grid
+from .phases import phase
 
 BLOCK = 128  # inputs per lazy update; every group size in use divides it
 DAMPING = 0.01  # of the mean of H's diagonal
+MAX_DAMPING = 1.0  # beyond, what the data say drowns; time for other means
+
+
+class FactorizationError(ArithmeticError):
+    """H has no Cholesky factor in this precision, however much damping is allowed."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,20 @@ class Solution:
         )
 
 
-def rtn(weight: Tensor, group_size: int) -> Solution:
-    """Round every weight to the nearest code under absmax scales.
+def rtn(weight: Tensor, group_size: int, *, clip: bool = False) -> Solution:
+    """Round every weight to the nearest code under absmax scales, or clipped ones.
 
     weight: (k, n) floating. group_size: a divisor of k, or -1 for one group per output.
+    clip: search scales of least squared error in the weights.
     Raises ValueError for anything else.
     """
     weight, group = _checked(weight, group_size)
     groups = weight.unflatten(0, (-1, group))
-    scales = grid.absmax_scale(groups)
+    if clip:
+        even = weight.new_ones(group, 1, 1)
+        scales = torch.stack([grid.search_scale(rows, even) for rows in groups])
+    else:
+        scales = grid.absmax_scale(groups)
     codes = grid.encode(groups, scales[:, None]).flatten(0, 1)
     return Solution(codes.to(torch.uint8), scales.half())
 
@@ -118,22 +129,44 @@ def gptq(
 def factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:
     """Upper triangular U with ``(H + λI)⁻¹ = Uᵀ U``, and the λ it took relative to mean(diag(H)).
 
-    λ starts at damping and grows tenfold until the Cholesky factorization holds.
+    λ starts at damping and grows tenfold, up to MAX_DAMPING, until the Cholesky factorization
+    holds. Raises FactorizationError when it never does.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("hessian: expected finite values, got NaN or Inf")
-    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    mean = hessian.diagonal().mean()
+    mean = hessian.diagonal().mean().item()
     if mean <= 0:  # no data at all: with any multiple of the identity GPTQ is plain rounding
-        hessian, mean = eye, torch.ones_like(mean)
+        hessian, mean = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), 1.0
+    with phase("factor"):
+        while True:
+            upper = _factor(hessian, damping * mean)
+            if upper is not None:
+                return upper, damping
+            if damping >= MAX_DAMPING:
+                raise FactorizationError(
+                    f"hessian: expected a positive definite matrix, got one that is not even with "
+                    f"damping {damping:g} of its mean diagonal in {hessian.dtype}"
+                )
+            damping = min(max(10 * damping, DAMPING), MAX_DAMPING)
+
+
+def _factor(hessian: Tensor, shift: float) -> Tensor | None:
+    """U of ``(H + shift·I)⁻¹ = Uᵀ U``, or None when the factorization fails.
+
+    Each copy of H may take gigabytes, so none lives longer than it is needed.
+    """
     # Factoring H with its order reversed gives H = R Rᵀ with R upper; then U = R⁻¹ is one
     # triangular solve, where inverting H and factoring the inverse would lose digits twice.
-    while True:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
-        if failed == 0:
-            break
-        damping = max(10 * damping, DAMPING)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True), damping
+    damped = hessian.flip(0, 1)
+    damped.diagonal().add_(shift)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    if failed:
+        return None
+    right = lower.flip(0, 1)
+    del lower
+    eye = torch.eye(len(right), dtype=right.dtype, device=right.device)
+    return torch.linalg.solve_triangular(right, eye, upper=True)
 
 
 def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:

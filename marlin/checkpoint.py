@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from marlin.experts import take_apart
 from marlin.layer import (
     SCALE_DTYPES,
     MarlinLinear,
@@ -368,6 +369,7 @@ def empty_model(config, dtype: torch.dtype | None):
 
 def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None:
     """Puts an empty MarlinLinear where the files have one, checked against the configuration."""
+    take_apart(model, names)
     own = model.state_dict().keys()
     packed = {name.removesuffix(".B") for name in names - own if name.endswith(".B")}
     kept = set(map(str, quantization["modules_to_not_convert"]))

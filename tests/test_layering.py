@@ -38,7 +38,7 @@ FOREIGN = {  # outside headers, and the only rooms that may include them
 }
 
 # Files of the Python packages that may import transformers.
-INTEGRATIONS = re.compile(r"marlin/(checkpoint|integrations/\w+)\.py|gptq/(walk|export)\.py")
+INTEGRATIONS = re.compile(r"marlin/(checkpoint|integrations/\w+)\.py|gptq/(walk|record|export)\.py")
 
 
 def without_comments(text: str) -> str:

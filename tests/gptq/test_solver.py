@@ -162,7 +162,10 @@ def test_damping_grows_until_the_factorization_holds():
     # Not quite a second-moment matrix: rounding made one eigenvalue clearly negative.
     broken = torch.eye(64)
     broken[0, 0] = -3.0
-    assert solver.factor(broken)[1] == pytest.approx(10)  # 0.01, 0.1 and 1 are not enough
+    with pytest.raises(solver.FactorizationError, match="with damping 1 of its mean diagonal"):
+        solver.factor(broken)
+    broken[0, 0] = -0.5
+    assert solver.factor(broken)[1] == 1.0  # 0.01 and 0.1 are not enough
     assert solver.factor(torch.eye(64))[1] == solver.DAMPING
 
 
