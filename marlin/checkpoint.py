@@ -11,19 +11,11 @@ transformers is imported by the functions that need it, not with this module.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import shutil
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from marlin.layer import (
@@ -34,15 +26,18 @@ from marlin.layer import (
     dense_weight,
 )
 from marlin.quantized import LARGEST_ZERO
+from marlin.shards import (
+    CheckpointError,
+    list_tensors,
+    open_shard,
+    read_json,
+    some,
+    staged,
+    write_shards,
+)
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 OPTIONAL_PARTS = ("zeros", "perm")  # of a packed layer, whose words mean nothing without them
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be what it says it is."""
 
 
 # ------------------------------------------------------------------------------------- saving
@@ -142,73 +137,6 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size) -> None:
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for filename, names in split.filename_to_tensors.items():
-        shard, storages = {}, set()
-        for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if (storage := tensor.untyped_storage().data_ptr()) in storages:
-                tensor = tensor.clone()  # a file cannot hold two views of one storage
-            storages.add(storage)
-            shard[name] = tensor
-        save_file(shard, directory / filename, metadata={"format": "pt"})
-        # safetensors keeps its files to their owner; a checkpoint is like any other file.
-        (directory / filename).chmod((directory / "config.json").stat().st_mode)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder to write into, whose content takes the old checkpoint's place at the end.
-
-    It lies inside target, so that this works on mounted directories too.
-    """
-    made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield stage
-        install(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if made and not any(target.iterdir()):
-            target.rmdir()
-
-
-def install(stage: Path, target: Path) -> None:
-    """Moves the old checkpoint's files aside, the new ones in, then drops the old.
-
-    config.json goes first and comes last: whoever looks in between finds no checkpoint rather
-    than parts of two. Nothing is deleted before everything is in its place.
-    """
-    new = {path.name for path in stage.iterdir()}
-    old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
-    aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
-    config_last = lambda name: name == "config.json"  # noqa: E731
-    moves = [(target / name, aside / name) for name in sorted(old, key=config_last, reverse=True)]
-    moves += [(stage / name, target / name) for name in sorted(new, key=config_last)]
-    done = []
-    try:
-        for source, destination in moves:
-            source.rename(destination)
-            done.append((source, destination))
-    except BaseException:
-        for source, destination in reversed(done):
-            destination.rename(source)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
-
-
-def belongs(filename: str) -> bool:
-    """Whether a file is part of a checkpoint, even if a new one has none of that name."""
-    weights = filename.startswith("model") and filename.endswith(".safetensors")
-    return weights or filename in (INDEX, "generation_config.json")
-
-
 # ------------------------------------------------------------------------------------ loading
 
 
@@ -235,7 +163,7 @@ def load_pretrained(
     """
     directory = Path(directory)
     config, quantization = read_config(directory)
-    files = list_tensors(directory)
+    files = {name: info.file for name, info in list_tensors(directory).items()}
     model = empty_model(config, dtype)
     insert_layers(model, quantization, set(files))
     fill(model, directory, files, torch.device(device), dtype)
@@ -285,55 +213,6 @@ def read_config(directory: Path):
     except Exception as error:  # whatever a configuration class makes of a bad file
         raise CheckpointError(f"{directory}: config.json: {error}") from error
     return config, quantization
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def list_tensors(directory: Path) -> dict[str, str]:
-    """Every tensor's file, from the index and from the files themselves."""
-    if (directory / INDEX).is_file():
-        claimed = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(claimed, dict) or not claimed:
-            raise CheckpointError(f"{directory / INDEX}: no weight_map")
-        for filename in claimed.values():
-            # An index comes with the download: it may name files of this directory only.
-            plain = isinstance(filename, str) and filename == Path(filename).name
-            if not plain or not filename.endswith(".safetensors") or "\\" in filename:
-                raise CheckpointError(f"{directory / INDEX}: bad file name {filename!r}")
-    else:
-        claimed = None
-    found = {}
-    for filename in sorted(set(claimed.values())) if claimed else [WEIGHTS]:
-        with open_shard(directory / filename) as shard:
-            for name in shard.keys():  # noqa: SIM118 (a safe_open is no dict)
-                if name in found:
-                    raise CheckpointError(f"{directory}: {name} is in two files")
-                found[name] = filename
-    if claimed is not None and claimed != found:
-        wrong = sorted(n for n in claimed | found if claimed.get(n) != found.get(n))
-        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
-    return found
-
-
-@contextlib.contextmanager
-def open_shard(path: Path, device: str = "cpu") -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt", device=device) as shard:
-            yield shard
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def empty_model(config, dtype: torch.dtype | None):
@@ -517,9 +396,3 @@ def list_slots(model: nn.Module) -> dict[str, Slot]:
             slot.places.append((module, attribute))
             slots[f"{path}.{attribute}".lstrip(".")] = slot
     return slots
-
-
-def some(names) -> str:
-    """A few of many names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
