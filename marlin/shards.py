@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -41,6 +43,64 @@ def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_si
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+class ShardWriter:
+    """Collects tensors into files of a limited size, and writes one while it collects the next."""
+
+    def __init__(self, stage: Path, limit: int):
+        self.stage, self.limit = stage, limit
+        self.sizes: dict[str, int] = {}
+        self.files: list[list[str]] = []  # the names in each
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_bytes = 0
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.saving: Future | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.sizes:
+            raise CheckpointError(f"two tensors would be called {name}")
+        tensor = tensor.cpu().contiguous()
+        size = self.sizes[name] = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.limit:
+            self.flush()
+        self.pending[name] = tensor
+        self.pending_bytes += size
+
+    def flush(self) -> None:
+        self.wait()
+        path = self.stage / f"shard-{len(self.files)}"
+        self.saving = self.pool.submit(save_file, self.pending, path, metadata={"format": "pt"})
+        self.files.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def wait(self) -> None:
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
+
+    def finish(self) -> None:
+        """Writes what is left, names the files as they are many, and writes their index."""
+        self.flush()
+        self.wait()
+        count = len(self.files)
+        weight_map = {}
+        for number, names in enumerate(self.files):
+            name = WEIGHTS if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+            (self.stage / f"shard-{number}").rename(self.stage / name)
+            # safetensors keeps its files to their owner; a checkpoint is like any other file.
+            (self.stage / name).chmod((self.stage / CONFIG).stat().st_mode)
+            weight_map |= dict.fromkeys(names, name)
+        if count > 1:
+            metadata = {"total_size": sum(self.sizes.values())}
+            index = {"metadata": metadata, "weight_map": weight_map}
+            (self.stage / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

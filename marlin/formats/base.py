@@ -52,10 +52,14 @@ class Reader:
         raise NotImplementedError
 
 
-def check_group_size(layer: str, expected: int | None, k: int, groups: int) -> None:
+def check_group_size(layer: str, expected, k: int, groups: int) -> None:
     """Against what the configuration says: rows per scale, -1 for all of them, None for nothing."""
     if expected is None:
         return
+    if not isinstance(expected, int) or (expected <= 0 and expected != -1):
+        raise CheckpointError(
+            f"{layer}: group_size: expected a positive number or -1, got {expected!r}"
+        )
     count = 1 if expected == -1 else -(-k // expected)
     if count != groups:
         raise CheckpointError(
