@@ -136,9 +136,11 @@ def tasks(source: Source, writer, progress) -> Iterator[Callable]:
         if step.packed:
             yield partial(converted, source, writer, step.name, source.parts(step.name))
         else:
-            yield partial(
-                lambda *done: done, step.name, None, {step.name: source.tensor(step.name)}
-            )
+            yield partial(copied, step.name, source.tensor(step.name))
+
+
+def copied(name: str, tensor: Tensor):
+    return name, None, {name: tensor.cpu()}
 
 
 def converted(source: Source, writer, layer: str, parts: dict[str, Tensor]):

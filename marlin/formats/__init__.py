@@ -18,7 +18,15 @@ from .base import LayerSummary, Reader, group_sizes
 WRITERS = {module.NAME: module for module in (marlin, gptq, compressed_tensors)}
 READABLE = "gptq, awq (gemm), compressed-tensors (pack-quantized) and marlin"
 
-__all__ = ["READABLE", "WRITERS", "LayerSummary", "Reader", "group_sizes", "reader_of"]
+__all__ = [
+    "READABLE",
+    "WRITERS",
+    "CheckpointError",
+    "LayerSummary",
+    "Reader",
+    "group_sizes",
+    "reader_of",
+]
 
 
 def reader_of(config: dict, beside: dict | None = None) -> Reader:
