@@ -12,14 +12,18 @@ transformers is imported by the functions that need it, not with this module.
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter, defaultdict
+from collections.abc import Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from marlin import formats
 from marlin.layer import (
     SCALE_DTYPES,
+    DenseLayer,
     MarlinLinear,
     PackedModule,
     dense_layers,
@@ -27,6 +31,7 @@ from marlin.layer import (
 )
 from marlin.quantized import LARGEST_ZERO
 from marlin.shards import (
+    CONFIG,
     CheckpointError,
     list_tensors,
     open_shard,
@@ -35,6 +40,7 @@ from marlin.shards import (
     staged,
     write_shards,
 )
+from marlin.sources import Source, open_source
 
 FORMAT_VERSION = 1
 OPTIONAL_PARTS = ("zeros", "perm")  # of a packed layer, whose words mean nothing without them
@@ -102,6 +108,9 @@ def quantization_config(model: nn.Module) -> dict:
     for part, names in lacks.items():
         if 0 < len(names) < len(layers):
             config[f"modules_without_{part}"] = names
+    narrow = {name: getattr(layer, "out_features", None) for name, layer in layers.items()}
+    if narrow := {name: n for name, n in narrow.items() if n and n != layers[name].s.shape[1]}:
+        config["out_features"] = narrow  # for those who read without the model
     return config
 
 
@@ -110,14 +119,9 @@ def group_sizes(layers: dict[str, PackedModule]) -> dict[str, int]:
 
     One group of all k rows is both: it counts as the size that other layers have, if it is k.
     """
-    depths = {name: layer.B.shape[0] * 16 for name, layer in layers.items()}
-    groups = {name: layer.s.shape[0] for name, layer in layers.items()}
-    grouped = Counter(depths[name] // groups[name] for name in layers if groups[name] > 1)
-    usual = max(grouped, key=grouped.get, default=-1)
-    return {
-        name: -1 if groups[name] == 1 and depths[name] != usual else depths[name] // groups[name]
-        for name in layers
-    }
+    return formats.group_sizes(
+        {name: (layer.B.shape[0] * 16, layer.s.shape[0]) for name, layer in layers.items()}
+    )
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -143,7 +147,8 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_pretrained(
     directory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ):
-    """Loads a checkpoint that `save_pretrained` wrote, with `MarlinLinear` layers.
+    """Loads a quantized checkpoint onto `MarlinLinear` layers: one that `save_pretrained` wrote,
+    or any other that `marlin convert` reads (GPTQ, AWQ, compressed-tensors, older Marlin ones).
 
     The model is built without memory for its parameters, which then come from the files one
     after another, so the peak is about the size of the checkpoint. No code or pickle from the
@@ -161,12 +166,20 @@ def load_pretrained(
     Raises:
         CheckpointError: files that are missing, damaged, or do not fit the configuration.
     """
-    directory = Path(directory)
-    config, quantization = read_config(directory)
-    files = {name: info.file for name, info in list_tensors(directory).items()}
-    model = empty_model(config, dtype)
-    insert_layers(model, quantization, set(files))
-    fill(model, directory, files, torch.device(device), dtype)
+    directory, device = Path(directory), torch.device(device)
+    if is_native(directory):
+        config, quantization = read_config(directory)
+        files = {name: info.file for name, info in list_tensors(directory).items()}
+        model = empty_model(config, dtype)
+        insert_layers(model, quantization, set(files))
+    else:
+        with open_source(directory, device=device) as source:
+            config = model_config(directory)
+            files = {name: source.tensors[name].file for name in source.dense}
+            model = empty_model(config, dtype)
+            insert_full_layers(model, source)
+        model.config.quantization_config = quantization_config(model)
+    fill(model, directory, files, device, dtype)
     model.to(device)  # buffers that are not stored
     if model.can_generate() and (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -175,10 +188,16 @@ def load_pretrained(
     return model.eval()
 
 
+def is_native(directory: Path) -> bool:
+    """Whether its configuration is of our own format, which is loaded without unpacking it."""
+    quantization = read_json(directory / CONFIG).get("quantization_config")
+    if not isinstance(quantization, dict):
+        return False
+    return quantization.get("quant_method") == "marlin" and "is_marlin_format" not in quantization
+
+
 def read_config(directory: Path):
     """The model's configuration and its `quantization_config`, checked."""
-    from transformers import AutoConfig
-
     raw = read_json(directory / "config.json")
     quantization = raw.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "marlin":
@@ -206,13 +225,17 @@ def read_config(directory: Path):
     for key, kind in types.items():
         if not isinstance(quantization.setdefault(key, kind()), kind):
             raise CheckpointError(f"{directory}: quantization_config: {key} must be {kind}")
+    return model_config(directory), quantization
+
+
+def model_config(directory: Path):
+    """The `transformers.PretrainedConfig` in a directory."""
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a configuration class makes of a bad file
         raise CheckpointError(f"{directory}: config.json: {error}") from error
-    return config, quantization
 
 
 def empty_model(config, dtype: torch.dtype | None):
@@ -252,18 +275,15 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
     kept = set(map(str, quantization["modules_to_not_convert"]))
     overrides = quantization["group_size_overrides"]
     has = parts_of_layers(quantization, packed, names - own)
-    places = defaultdict(list)  # a layer may hang in several
-    for dense in dense_layers(model):
-        places[dense.module].append(dense)
-
-    if unknown := packed - {dense.name for found in places.values() for dense in found}:
-        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    places = places_of(model, packed)
+    tied = getattr(model, "all_tied_weights_keys", {}).keys()
     if both := packed & kept:
         raise CheckpointError(f"packed, but in modules_to_not_convert: {some(both)}")
     for linear, found in places.items():
         name = next((dense.name for dense in found if dense.name in packed), None)
         if name is None:
-            if not any(dense.name in kept for dense in found):
+            weights = {f"{dense.name}.weight" for dense in found}
+            if not weights & tied and not any(dense.name in kept for dense in found):
                 raise CheckpointError(
                     f"{found[0].name}: missing tensor {found[0].name}.B, "
                     "and modules_to_not_convert does not list it"
@@ -275,7 +295,7 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
             layer = MarlinLinear(
                 k,
                 n,
-                linear.bias is not None,
+                linear.bias is not None or f"{name}.bias" in names,
                 group_size=size,
                 zeros=name in has["zeros"],
                 act_order=name in has["perm"],
@@ -285,6 +305,41 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
             raise CheckpointError(f"{name}: {error}") from error
         for dense in found:
             dense.replace(layer)
+
+
+def insert_full_layers(model: nn.Module, source: Source) -> None:
+    """Puts a MarlinLinear where a checkpoint in another format has a packed layer. Only its bias
+    is still to come: that is a tensor like any other."""
+    for linear, found in places_of(model, source.layers.keys()).items():
+        name = next((dense.name for dense in found if dense.name in source.layers), None)
+        if name is None:
+            continue
+        weight = source.read(name, source.parts(name))
+        if weight.codes.shape != dense_weight(linear).shape:
+            raise CheckpointError(
+                f"{name}: expected a weight (k, n) = {tuple(dense_weight(linear).shape)}, "
+                f"got {tuple(weight.codes.shape)}"
+            )
+        try:
+            layer = MarlinLinear.from_quantized(
+                weight.codes, weight.scales, None, weight.zeros, weight.g_idx
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if linear.bias is not None or f"{name}.bias" in source.tensors:
+            layer.bias = weight.scales.new_empty(layer.out_features, device="meta")
+        for dense in found:
+            dense.replace(layer)
+
+
+def places_of(model: nn.Module, packed: Set[str]) -> dict[nn.Module, list[DenseLayer]]:
+    """Where each dense layer hangs (it may be several places), if there is one for all packed."""
+    places = defaultdict(list)
+    for dense in dense_layers(model):
+        places[dense.module].append(dense)
+    if unknown := packed - {dense.name for found in places.values() for dense in found}:
+        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    return places
 
 
 def parts_of_layers(quantization: dict, packed: set[str], names: set[str]) -> dict[str, set[str]]:
@@ -316,19 +371,32 @@ def fill(
 ) -> None:
     """Reads every tensor into the model's parameters and persistent buffers."""
     slots = list_slots(model)
+    files = {n: file for n, file in files.items() if n in slots or not is_obsolete(model, n)}
     if unexpected := files.keys() - slots.keys():
         raise CheckpointError(f"{directory}: unexpected tensors: {some(unexpected)}")
-    filled = set()
+    filled = {id(slot) for slot in slots.values() if slot.is_full()}
+    if both := [name for name in files if id(slots[name]) in filled]:
+        raise CheckpointError(f"{directory}: stored in two formats: {some(both)}")
     for filename in sorted(set(files.values())):
         with open_shard(directory / filename, str(device)) as shard:
             for name in sorted(n for n, f in files.items() if f == filename):
                 slot = slots[name]
                 if id(slot) in filled:
-                    raise CheckpointError(f"{directory}: {name} is tied and stored twice")
+                    if not slot.holds(shard.get_tensor(name)):
+                        raise CheckpointError(
+                            f"{directory}: {name} is tied and stored twice, with other values"
+                        )
+                    continue
                 filled.add(id(slot))
                 slot.set(name, shard.get_tensor(name), dtype)
     if missing := {name for name, slot in slots.items() if id(slot) not in filled}:
         raise CheckpointError(f"{directory}: missing tensors: {some(missing)}")
+
+
+def is_obsolete(model: nn.Module, name: str) -> bool:
+    """Whether a checkpoint of an older program may hold a tensor that the model computes now."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return name.endswith("rotary_emb.inv_freq") or any(re.search(p, name) for p in patterns)
 
 
 class Slot:
@@ -353,6 +421,17 @@ class Slot:
             # Not setattr: models may wrap it, and the kind of entry does not change.
             entries = module._parameters if attribute in module._parameters else module._buffers
             entries[attribute] = tensor
+
+    def is_full(self) -> bool:
+        """Whether `insert_full_layers` put it there."""
+        module, attribute = self.places[0]
+        packed = isinstance(module, PackedModule) and attribute in ("B", "s", "zeros", "perm")
+        return packed and not self.current.is_meta
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        module, attribute = self.places[0]
+        current = getattr(module, attribute)
+        return current.shape == tensor.shape and torch.equal(current, tensor.to(current.dtype))
 
     def check(self, name: str, tensor: torch.Tensor, scales: bool) -> None:
         expected = self.current

@@ -145,6 +145,27 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(saved):
     assert model.lm_head.weight[0, 0] == 5.0
 
 
+def test_a_tied_head_needs_no_mention(damaged):
+    edit_json(damaged / "config.json", set_quantization(modules_to_not_convert=[]))
+    model = load_pretrained(damaged)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_embedding_stored_twice(damaged):
+    path = shard_of(damaged, "model.embed_tokens.weight")
+    add_tensor(damaged, "lm_head.weight", load_file(path)["model.embed_tokens.weight"])
+    model = load_pretrained(damaged)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_bias_that_the_model_would_not_have(damaged):
+    add_tensor(damaged, f"{Q}.bias", torch.full((64,), 0.5))
+    model = load_pretrained(damaged)
+    layer, x = model.get_submodule(Q), torch.randn(3, 64)
+    bare = MarlinLinear.from_quantized(layer.quantized().codes, layer.quantized().scales)
+    torch.testing.assert_close(layer(x), bare(x) + 0.5)
+
+
 def test_embeddings_tied_by_hand_are_not_lost(tmp_path):
     model = make("mistral")  # whose configuration does not tie them
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -173,6 +194,11 @@ def test_the_configuration_on_disk(saved):
         "sym": True,
         "modules_to_not_convert": ["lm_head"],
         "format_version": 1,
+        "out_features": {
+            f"model.layers.{i}.self_attn.{name}": 32
+            for i in range(2)
+            for name in ("k_proj", "v_proj")
+        },
     }
     assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32"
 
@@ -418,7 +444,7 @@ def add_tensor(directory, name, tensor):
         ("model.norm.B", "packed weights for what is no linear layer: model.norm"),
         ("lm_head.B", "packed, but in modules_to_not_convert: lm_head"),
         ("lm_head.weight", "tied and stored twice"),
-        (f"{Q}.bias", f"unexpected tensors: {Q}.bias"),
+        (f"{Q}.bias", f"{Q}.bias: expected shape"),
     ],
 )
 def test_tensors_that_do_not_belong(name, message, damaged):
@@ -494,15 +520,15 @@ def set_quantization(**values):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("quantization_config"), "quant_method 'marlin' .* got None"),
-        (set_quantization(quant_method="gptq"), "quant_method 'marlin'"),
+        (lambda c: c.pop("quantization_config"), "not quantized"),
+        (set_quantization(quant_method="gptq"), r"missing tensor .*\.qweight|no packed layers"),
+        (set_quantization(quant_method="fp8"), "expected a quant_method of gptq, .*got 'fp8'"),
         (set_quantization(bits=8), "expected bits=4, got 8"),
         (set_quantization(sym=False), "zeros missing in model.layers.0"),
         (set_quantization(format_version=2), "expected format_version=1, got 2"),
         (set_quantization(group_size=64), r"\.s: expected shape \(1, 64\), got \(2, 64\)"),
         (set_quantization(group_size=48), "group_size=48 does not fit"),
         (set_quantization(group_size="32"), "group_size must be"),
-        (set_quantization(modules_to_not_convert=[]), "lm_head: missing tensor lm_head.B"),
         (set_quantization(modules_to_not_convert=None), "modules_to_not_convert must be"),
         (set_quantization(modules_to_not_convert=["lm_head", Q]), f"packed, but .* {Q}"),
         (set_quantization(group_size_overrides={Q: "x"}), "q_proj"),
