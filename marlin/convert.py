@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from marlin import formats
-from marlin.shards import CONFIG, PICKLES, CheckpointError, ShardWriter, staged
-from marlin.sources import BESIDE, DTYPES, Source, StateDictSource, open_source
+from marlin.shards import BESIDE, CONFIG, PICKLES, CheckpointError, ShardWriter, staged
+from marlin.sources import DTYPES, Source, StateDictSource, open_source
 
 SHARD_BYTES = 10**9
 # Not copied: what the new checkpoint has of its own, and weights in formats that are not read.

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and GPTQModel's; AutoAWQ's
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -149,7 +150,7 @@ def install(stage: Path, target: Path) -> None:
 def belongs(filename: str) -> bool:
     """Whether a file is part of a checkpoint, even if a new one has none of that name."""
     weights = filename.startswith("model") and filename.endswith(".safetensors")
-    return weights or filename in (INDEX, "generation_config.json")
+    return weights or filename in (INDEX, "generation_config.json", *BESIDE)
 
 
 def read_json(path: Path) -> dict:

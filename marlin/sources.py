@@ -13,9 +13,16 @@ from torch import Tensor
 from marlin import formats
 from marlin.formats.marlin import StateDictReader
 from marlin.quantized import Quantized
-from marlin.shards import CONFIG, CheckpointError, TensorInfo, list_tensors, open_shard, read_json
+from marlin.shards import (
+    BESIDE,
+    CONFIG,
+    CheckpointError,
+    TensorInfo,
+    list_tensors,
+    open_shard,
+    read_json,
+)
 
-BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and GPTQModel's; AutoAWQ's
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -123,14 +130,20 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a state dict, got {type(state).__name__}")
     for name, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        if not isinstance(name, str) or not plain or not tensor.is_contiguous():
-            raise CheckpointError(f"{path}: {name!r}: expected names of plain, contiguous tensors")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not is_plain(tensor):
+            raise CheckpointError(f"{path}: {name!r}: expected names of plain tensors")
     if not any(name.endswith(".B") for name in state):
         raise CheckpointError(
             f"{path}: a pickle without Marlin layers (*.B): pickles are not read, safetensors are"
         )
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Neither sparse nor expanded: no more values than there are bytes for."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def read_beside(directory: Path) -> dict | None:
