@@ -60,11 +60,12 @@ def check_group_size(layer: str, expected, k: int, groups: int) -> None:
         raise CheckpointError(
             f"{layer}: group_size: expected a positive number or -1, got {expected!r}"
         )
-    count = 1 if expected == -1 else -(-k // expected)
-    if count != groups:
+    if expected == -1 or k <= expected:
+        expected = k
+    if groups * expected != k:
         raise CheckpointError(
-            f"{layer}: group_size={expected} in the configuration makes {count} groups "
-            f"of k={k} rows, the tensors have {groups}"
+            f"{layer}: k={k} rows and {groups} groups of scales do not fit "
+            f"group_size={expected} of the configuration"
         )
 
 

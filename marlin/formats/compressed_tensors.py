@@ -68,6 +68,8 @@ class CompressedTensorsReader(Reader):
             zeros = unpack_rows(words)[:n].t().contiguous()
         self.check_scheme(layer, zeros is None, k, groups)
         g_idx = parts.get("weight_g_idx")
+        if g_idx is None and self.ordered:
+            raise CheckpointError(f"{layer}: missing tensor {layer}.weight_g_idx (actorder)")
         if g_idx is not None and bool((g_idx == -1).all()):
             g_idx = None  # llm-compressor's way to say that there is none
         outline = normalized(layer, scales, zeros, g_idx, k, n)
@@ -75,7 +77,7 @@ class CompressedTensorsReader(Reader):
 
     def check_scheme(self, layer: str, symmetric: bool, k: int, groups: int) -> None:
         sizes = {size for is_symmetric, size in self.schemes if is_symmetric == symmetric}
-        if not any(groups == (1 if size == -1 else -(-k // size)) for size in sizes):
+        if not any(groups * (k if size == -1 else size) == k for size in sizes):
             kind = "symmetric" if symmetric else "with zero points"
             raise CheckpointError(
                 f"{layer}: {groups} groups of k={k} rows, {kind}, are none of the "

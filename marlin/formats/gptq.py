@@ -108,17 +108,19 @@ class GPTQReader(Reader):
     def exception(self, layer: str) -> dict:
         """What `dynamic` says of a layer; the first pattern that matches counts."""
         for pattern, values in self.dynamic.items():
+            where = f"quantization_config: dynamic: {pattern!r}"
             try:
                 matches = re.match(pattern.removeprefix("+:").removeprefix("-:"), layer)
             except re.error as error:
-                raise CheckpointError(
-                    f"quantization_config: dynamic: {pattern!r}: {error}"
-                ) from None
-            if matches:
-                if pattern.startswith("-:"):
-                    raise CheckpointError(f"{layer}: packed, but excluded by dynamic {pattern!r}")
-                check_bits(values.get("bits", 4))
-                return values
+                raise CheckpointError(f"{where}: {error}") from error
+            if not matches:
+                continue
+            if pattern.startswith("-:"):
+                raise CheckpointError(f"{layer}: packed, but excluded by dynamic {pattern!r}")
+            if not isinstance(values, dict):
+                raise CheckpointError(f"{where}: expected {{}}, got {values!r}")
+            check_bits(values.get("bits", 4))
+            return values
         return {}
 
 
