@@ -44,6 +44,13 @@ class AWQReader(Reader):
         key = "group_size" if "group_size" in config else "q_group_size"
         return cls(integer(config, key))
 
+    def outline(self, shapes):
+        (k, words), (groups, _) = shapes["qweight"], shapes["scales"]
+        return k, words * 8, groups
+
+    def symmetric(self, parts):
+        return False
+
     def read(self, layer: str, parts: dict[str, Tensor]) -> Quantized:
         qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
         expect_words(f"{layer}.qweight", qweight)

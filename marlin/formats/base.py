@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +43,17 @@ class Reader:
         if not found:
             raise CheckpointError(f"no packed layers: expected tensors *.{self.main} ({self.name})")
         return dict(found)
+
+    def outline(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int]:
+        """(k, n, groups) of a layer, as far as the shapes of its parts tell.
+
+        Only for a report: k and n may be rounded up to what the format stores.
+        """
+        raise NotImplementedError
+
+    def symmetric(self, parts: Collection[str]) -> bool | None:
+        """Whether a layer with these parts has zero points 8 only; None if only values tell."""
+        raise NotImplementedError
 
     def read(self, layer: str, parts: dict[str, Tensor]) -> Quantized:
         """The weight of one layer, on the device of its tensors.

@@ -53,6 +53,13 @@ class CompressedTensorsReader(Reader):
             any(ordered for _, _, ordered in found),
         )
 
+    def outline(self, shapes):
+        (n, words), (_, groups) = shapes["weight_packed"], shapes["weight_scale"]
+        return words * 8, n, groups
+
+    def symmetric(self, parts):
+        return "weight_zero_point" not in parts
+
     def read(self, layer: str, parts: dict[str, Tensor]) -> Quantized:
         packed, scale = parts["weight_packed"], parts["weight_scale"]
         expect_words(f"{layer}.weight_packed", packed)

@@ -97,6 +97,13 @@ class GPTQReader(Reader):
             )
         return outline._replace(codes=unpack_rows(qweight))
 
+    def outline(self, shapes):
+        (rows, n), (groups, _) = shapes["qweight"], shapes["scales"]
+        return rows * 8, n, groups
+
+    def symmetric(self, parts):
+        return self.sym
+
     def zeros(self, qzeros: Tensor) -> Tensor:
         """Zero points uint8 (groups, n)."""
         if self.version == 2:

@@ -40,6 +40,13 @@ class WordsReader(Reader):
             codes=ops.unpack(words)
         )
 
+    def outline(self, shapes):
+        (rows, columns), (groups, _) = shapes[self.main], shapes[self.needed[0]]
+        return rows * ops.TILE_ROWS, columns // 2, groups
+
+    def symmetric(self, parts):
+        return "zeros" not in parts
+
     def size_of(self, layer: str) -> int | None:
         return self.group_size
 
