@@ -44,7 +44,6 @@ def reader_of(config: dict, beside: dict | None = None) -> Reader:
     if not values:
         raise CheckpointError("config.json has no quantization_config: the model is not quantized")
     method = str(values.get("quant_method", "gptq" if beside else None)).lower()
-    version = str(values.get("version", values.get("checkpoint_format", ""))).lower()
     legacy = values.get("is_marlin_format") is True
     if method == "marlin" and not legacy:
         return marlin.MarlinReader.from_config(values)
@@ -53,7 +52,8 @@ def reader_of(config: dict, beside: dict | None = None) -> Reader:
     if method == "gptq":
         return gptq.GPTQReader.from_config(values)
     if method == "awq" or (beside and "w_bit" in values):
-        kind = marlin.AutoAWQMarlinReader if version == "marlin" else awq.AWQReader
+        is_marlin = awq.version_of(values) == "marlin"
+        kind = marlin.AutoAWQMarlinReader if is_marlin else awq.AWQReader
         return kind.from_config(values)
     if method == "compressed-tensors":
         return compressed_tensors.CompressedTensorsReader.from_config(values)

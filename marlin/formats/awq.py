@@ -22,6 +22,12 @@ NAME = "awq"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
+def version_of(config: dict) -> str:
+    """AutoAWQ calls it version, GPTQModel format; "" where neither is said."""
+    keys = ("version", "checkpoint_format", "format")
+    return str(next((config[key] for key in keys if config.get(key)), "")).lower()
+
+
 @dataclass(frozen=True)
 class AWQReader(Reader):
     group_size: int | None
@@ -34,7 +40,7 @@ class AWQReader(Reader):
     @classmethod
     def from_config(cls, config: dict) -> AWQReader:
         check_bits(config.get("bits", config.get("w_bit")))
-        version = str(config.get("version", "gemm")).lower()
+        version = version_of(config) or "gemm"
         if version != "gemm":
             raise CheckpointError(
                 f"quantization_config: AWQ version: expected gemm or marlin, got {version!r}"

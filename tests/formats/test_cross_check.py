@@ -1,15 +1,19 @@
-"""What the package compressed-tensors writes, we read; what we write, it reads. Bit for bit."""
+"""What others wrote, we read; what we write, the package compressed-tensors reads. Bit for bit."""
 
 import json
 import logging
+from pathlib import Path
 
 import by_definition as by
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import marlin
+from marlin import formats
 from marlin.convert import convert
 from marlin.sources import open_source
 
@@ -24,7 +28,7 @@ from compressed_tensors.quantization import (  # noqa: E402
     apply_quantization_config,
 )
 
-IDS = torch.arange(20).reshape(2, 10)
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("gptqmodel-*.safetensors"))
 SCHEMES = {
     "symmetric, groups": {"symmetric": True, "strategy": "group", "group_size": 32},
     "symmetric, channel": {"symmetric": True, "strategy": "channel"},
@@ -168,3 +172,45 @@ def test_the_words_are_its_words():
     assert torch.equal(parts["weight_packed"], pack_to_int32(codes, 4))
     zeros = torch.from_numpy(weight.zeros.T.astype(np.int8)) - 8
     assert torch.equal(parts["weight_zero_point"], pack_to_int32(zeros, 4, packed_dim=0))
+
+
+@pytest.mark.parametrize("shape", [(64, 96, 2), (128, 8, 1)], ids=str)
+def test_it_reads_awq_as_we_do(shape):
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    k, n, groups = shape
+    parts = by.awq(by.random_weight(k, n, groups, zeros=(0, 15)))
+    config = by.awq_config(k // groups)
+    converter = AutoAWQConverter.from_autoawq_config(config)
+    codes, scales, zeros = converter._convert_gemm_module(
+        parts["qweight"], parts["scales"], parts["qzeros"]
+    )
+    ours = formats.reader_of({"quantization_config": config}).read("layer", parts)
+    assert torch.equal(ours.codes.t().to(torch.int8) - 8, codes)
+    assert torch.equal(ours.scales.t(), scales)
+    assert torch.equal(ours.zeros.t().to(torch.int8) - 8, zeros)
+
+
+def test_golden_files_are_there():
+    assert len(GOLDEN) == 8
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_layers_that_gptqmodel_packed(path):
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["quantization_config"])
+    parts = load_file(path)
+    codes, zeros = parts.pop("codes"), parts.pop("zeros")
+    weight = formats.reader_of({"quantization_config": config}).read("layer", parts)
+    assert torch.equal(weight.codes, codes)
+    assert torch.equal(weight.scales, parts["scales"])
+    assert (weight.zeros is None) == config["sym"] == bool((zeros == 8).all())
+    if weight.zeros is not None:
+        assert torch.equal(weight.zeros, zeros)
+    assert (weight.g_idx is not None) == config["desc_act"]
+    if weight.g_idx is not None:
+        assert torch.equal(weight.g_idx, parts["g_idx"])
+    if config["checkpoint_format"] == "gptq" and config["sym"]:  # which is what we write
+        written = formats.WRITERS["gptq"].write("layer", weight)
+        assert written.keys() == parts.keys()
+        assert all(torch.equal(written[part], parts[part]) for part in parts)
