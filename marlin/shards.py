@@ -55,6 +55,7 @@ class ShardWriter:
         self.files: list[list[str]] = []  # the names in each
         self.pending: dict[str, torch.Tensor] = {}
         self.pending_bytes = 0
+        self.storages: set[int] = set()  # of the pending
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.saving: Future | None = None
 
@@ -71,6 +72,9 @@ class ShardWriter:
         size = self.sizes[name] = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > self.limit:
             self.flush()
+        if (storage := tensor.untyped_storage().data_ptr()) in self.storages:
+            tensor = tensor.clone()  # a file cannot hold two views of one storage
+        self.storages.add(storage)
         self.pending[name] = tensor
         self.pending_bytes += size
 
@@ -79,7 +83,7 @@ class ShardWriter:
         path = self.stage / f"shard-{len(self.files)}"
         self.saving = self.pool.submit(save_file, self.pending, path, metadata={"format": "pt"})
         self.files.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
+        self.pending, self.pending_bytes, self.storages = {}, 0, set()
 
     def wait(self) -> None:
         if self.saving is not None:

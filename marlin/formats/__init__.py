@@ -40,7 +40,8 @@ def reader_of(config: dict, beside: dict | None = None) -> Reader:
     Raises:
         CheckpointError: no quantization, one that is not read, or two that disagree.
     """
-    values = merged(config.get("quantization_config"), beside)
+    main = config.get("quantization_config") or config.get("compression_config")  # older name
+    values = merged(main, beside)
     if not values:
         raise CheckpointError("config.json has no quantization_config: the model is not quantized")
     method = str(values.get("quant_method", "gptq" if beside else None)).lower()

@@ -373,6 +373,26 @@ def test_a_state_dict_beside_its_config(original, tmp_path):
         convert(original / "marlin.pt", tmp_path / "other", "marlin")
 
 
+def test_tied_tensors_of_a_state_dict(original, tmp_path):
+    state, _ = published_state()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    state["model.norm.weight"] = state["model.embed_tokens.weight"].flatten()[:64]  # a view
+    torch.save(state, original / "marlin.pt")
+    convert(original / "marlin.pt", tmp_path / "target", "marlin")
+    for name, tensor in read_all(tmp_path / "target")[1].items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_the_older_name_of_the_configuration(tmp_path):
+    directory, weights = make(tmp_path / "source", "compressed-tensors")
+    config = json.loads((directory / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    convert(directory, tmp_path / "target", "gptq")
+    check_layers(read_all(tmp_path / "target")[0], weights)
+    assert "compression_config" not in json.loads((tmp_path / "target/config.json").read_text())
+
+
 @pytest.mark.gpu
 def test_on_the_gpu_the_same_files(tmp_path):
     directory, _ = make(tmp_path / "source", "gptq")

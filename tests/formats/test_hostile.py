@@ -159,6 +159,18 @@ def test_tensors_that_are_wrong(kind, part, change, message, copy):
     refuse(directory, message)
 
 
+@pytest.mark.parametrize(
+    "bias", [torch.ones(63), torch.ones(64, 1), torch.ones(64).int(), torch.ones(0)], ids=str
+)
+def test_a_bias_that_does_not_fit(bias, copy):
+    directory = copy("gptq")
+    index = json.loads((directory / INDEX).read_text())
+    path = directory / index["weight_map"][f"{Q}.qweight"]
+    save_file({**load_file(path), f"{Q}.bias": bias}, path)
+    edit(directory / INDEX, lambda i: i["weight_map"].update({f"{Q}.bias": path.name}))
+    refuse(directory, f"{Q}.bias: expected")
+
+
 def groups_of(change):
     return lambda c: change(c["config_groups"]["group_0"]["weights"])
 
@@ -188,7 +200,11 @@ CONFIGURATIONS = [
     ),
     ("gptq", lambda c: c.update(quant_method=["gptq"]), "expected a quant_method"),
     ("gptq", lambda c: c.update(quant_method="awq", version="gemv"), "gemm or marlin, got 'gemv'"),
-    ("gptq", lambda c: c.update(quant_method="awq", zero_point=False), "zero_point=true"),
+    (
+        "gptq",
+        lambda c: c.update(quant_method="awq", version="gemm", zero_point=False),
+        "zero_point=true",
+    ),
     ("awq", lambda c: c.update(group_size=16), "do not fit group_size=16"),
     ("awq", lambda c: c.update(bits=3), "4 bits per weight, got 3"),
     ("compressed-tensors", groups_of(lambda w: w.update(num_bits=8)), "num_bits 4, got"),
@@ -406,6 +422,22 @@ def test_a_disk_that_is_full(copy, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert(directory, target, "marlin", shard_bytes=10_000)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("where", ["marlin.convert.copy_companions", "marlin.shards.install"])
+def test_an_interrupted_conversion(where, copy, monkeypatch):
+    directory = copy("gptq")
+    target = directory.parent / "target"
+    convert(directory, target, "gptq")
+    before = contents(target)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(directory, target, "marlin", overwrite=True)
+    assert contents(target) == before
 
 
 # ---------------------------------------------------------------------------------- pickles
