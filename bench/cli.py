@@ -95,7 +95,7 @@ def add_convert(commands) -> None:
     parser = commands.add_parser("convert", help="seconds and memory of converting a checkpoint")
     add_common(parser, quick="two decoder blocks instead of 32")
     parser.add_argument("--dir", type=Path, metavar="DIR",
-                        help="for 8 GB of files, for a while (default: a temporary folder)")  # fmt: skip
+                        help="for 8 GB of temporary files")  # fmt: skip
     parser.set_defaults(module="convert")
 
 

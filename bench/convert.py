@@ -62,7 +62,9 @@ def write_source(directory: Path, blocks: int) -> None:
 
 def peak_memory(stop: threading.Event, peaks: dict[str, int]) -> None:
     """Collects the largest of the process's own memory and of mapped files, in bytes."""
-    while not stop.wait(0.02):
+    done = False
+    while not done:
+        done = stop.wait(0.02)
         status = Path("/proc/self/status").read_text()
         for name, kilobytes in re.findall(r"(RssAnon|RssFile):\s*(\d+)", status):
             peaks[name] = max(peaks.get(name, 0), int(kilobytes) * 1024)
