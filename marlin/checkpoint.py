@@ -109,8 +109,8 @@ def quantization_config(model: nn.Module) -> dict:
         if 0 < len(names) < len(layers):
             config[f"modules_without_{part}"] = names
     narrow = {name: getattr(layer, "out_features", None) for name, layer in layers.items()}
-    if narrow := {name: n for name, n in narrow.items() if n and n != layers[name].s.shape[1]}:
-        config["out_features"] = narrow  # for those who read without the model
+    narrow = {name: n for name, n in narrow.items() if n and n != layers[name].s.shape[1]}
+    config["out_features"] = narrow  # for those who read without the model
     return config
 
 

@@ -115,7 +115,7 @@ class StateDictReader(WordsReader):
 class MarlinReader(WordsReader):
     group_size: int
     group_size_overrides: dict[str, int]
-    out_features: dict[str, int]
+    out_features: dict[str, int] | None  # None: written before there was this key
     zeros: bool  # layers have them, those of `without_zeros` aside
     perm: bool
     without_zeros: frozenset[str]
@@ -137,15 +137,13 @@ class MarlinReader(WordsReader):
 
         def value(key, kind, default):
             if not isinstance(found := config.get(key, default), kind):
-                raise CheckpointError(
-                    f"quantization_config: {key}: expected {kind.__name__}, got {found!r}"
-                )
+                raise CheckpointError(f"quantization_config: {key}: expected {kind}, got {found!r}")
             return found
 
         return cls(
             group_size=value("group_size", int, None),
             group_size_overrides=value("group_size_overrides", dict, {}),
-            out_features=value("out_features", dict, {}),
+            out_features=value("out_features", dict | None, None),
             zeros=not value("sym", bool, None),
             perm=value("desc_act", bool, False),
             without_zeros=frozenset(map(str, value("modules_without_zeros", list, []))),
@@ -179,6 +177,11 @@ class MarlinReader(WordsReader):
         zeros = None if zeros is None else zeros[:, :width].contiguous()
         outline = normalized(layer, scales, zeros, g_idx, k, width)
         codes = ops.unpack(words)[:, :width].contiguous()
+        if self.out_features is None and looks_padded(codes, scales):
+            raise CheckpointError(
+                f"{layer}: some columns may be padding, and the configuration has no out_features "
+                "to tell: load the model and save it again"
+            )
         if order is not None:
             codes = codes.index_select(0, order.long().argsort())
         return outline._replace(codes=codes)
@@ -193,13 +196,18 @@ class MarlinReader(WordsReader):
 
     def width(self, layer: str, stored: int) -> int:
         """The layer's number of columns, of the stored ones."""
-        width = self.out_features.get(layer, stored)
+        width = (self.out_features or {}).get(layer, stored)
         if not isinstance(width, int) or width <= 0 or padded(width) != stored:
             raise CheckpointError(
                 f"{layer}: out_features={width!r} in the configuration do not make "
                 f"{stored} stored columns"
             )
         return width
+
+
+def looks_padded(codes: Tensor, scales: Tensor) -> bool:
+    """Whether the last column is one that `MarlinLinear` adds."""
+    return bool((codes[:, -1] == ops.CODE_ZERO).all() and (scales[:, -1] == 0).all())
 
 
 def check_permutation(layer: str, perm: Tensor, k: int) -> None:
@@ -240,6 +248,5 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
     for part, having in ("zeros", zeros), ("perm", perm):
         if 0 < len(having) < len(layers):
             values[f"modules_without_{part}"] = sorted(layers.keys() - having)
-    if narrow := {name: layer.n for name, layer in layers.items() if padded(layer.n) != layer.n}:
-        values["out_features"] = narrow
-    return values
+    narrow = {name: layer.n for name, layer in layers.items() if padded(layer.n) != layer.n}
+    return values | {"out_features": narrow}

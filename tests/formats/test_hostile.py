@@ -273,6 +273,14 @@ def test_widths_that_do_not_fit(change, copy):
     refuse(directory, "out_features=.* do not make 64 stored columns", loading=False)
 
 
+def test_widths_that_are_not_told(copy):
+    """As in checkpoints of before: a conversion cannot know what is padding."""
+    directory = copy("native")
+    edit(directory / "config.json", lambda c: c["quantization_config"].pop("out_features"))
+    refuse(directory, "may be padding", loading=False)
+    marlin.load_pretrained(directory)
+
+
 def test_two_configurations_that_disagree(copy):
     directory = copy("gptq")
     beside = by.gptq_config(64)
