@@ -91,6 +91,14 @@ def add_pack(commands) -> None:
     parser.set_defaults(module="pack")
 
 
+def add_convert(commands) -> None:
+    parser = commands.add_parser("convert", help="seconds and memory of converting a checkpoint")
+    add_common(parser, quick="two decoder blocks instead of 32")
+    parser.add_argument("--dir", type=Path, metavar="DIR",
+                        help="for 8 GB of temporary files")  # fmt: skip
+    parser.set_defaults(module="convert")
+
+
 def add_call(commands) -> None:
     parser = commands.add_parser("call", help="host time of an eager call against F.linear")
     add_common(parser, quick="fewer repeats")
@@ -127,7 +135,9 @@ def add_plot(commands) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_quantize, add_plot):
+    for add in (
+        add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_plot,
+    ):  # fmt: skip
         add(commands)
     return parser
 

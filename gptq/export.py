@@ -80,8 +80,8 @@ def load_model(
 
 
 def load_any(source: str, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """For evaluation: a Marlin checkpoint with Marlin layers, anything else as ``load_model``."""
-    if quant_method(load_config(source)) == "marlin":
+    """For evaluation: a 4-bit checkpoint with Marlin layers, anything else as ``load_model``."""
+    if quant_method(load_config(source)) in ("marlin", "gptq", "awq", "compressed-tensors"):
         return load_pretrained(source, device=device, dtype=dtype)
     return load_model(source, dtype).to(device)
 

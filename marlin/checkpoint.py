@@ -11,39 +11,40 @@ transformers is imported by the functions that need it, not with this module.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import shutil
-import tempfile
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Set
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from marlin import formats
 from marlin.experts import take_apart
 from marlin.layer import (
     SCALE_DTYPES,
+    DenseLayer,
     MarlinLinear,
     PackedModule,
     dense_layers,
     dense_weight,
 )
 from marlin.quantized import LARGEST_ZERO
+from marlin.shards import (
+    CONFIG,
+    CheckpointError,
+    list_tensors,
+    open_shard,
+    read_json,
+    some,
+    staged,
+    write_shards,
+)
+from marlin.sources import Source, open_source
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 OPTIONAL_PARTS = ("zeros", "perm")  # of a packed layer, whose words mean nothing without them
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be what it says it is."""
 
 
 # ------------------------------------------------------------------------------------- saving
@@ -108,6 +109,9 @@ def quantization_config(model: nn.Module) -> dict:
     for part, names in lacks.items():
         if 0 < len(names) < len(layers):
             config[f"modules_without_{part}"] = names
+    narrow = {name: getattr(layer, "out_features", None) for name, layer in layers.items()}
+    narrow = {name: n for name, n in narrow.items() if n and n != layers[name].s.shape[1]}
+    config["out_features"] = narrow  # for those who read without the model
     return config
 
 
@@ -116,14 +120,9 @@ def group_sizes(layers: dict[str, PackedModule]) -> dict[str, int]:
 
     One group of all k rows is both: it counts as the size that other layers have, if it is k.
     """
-    depths = {name: layer.B.shape[0] * 16 for name, layer in layers.items()}
-    groups = {name: layer.s.shape[0] for name, layer in layers.items()}
-    grouped = Counter(depths[name] // groups[name] for name in layers if groups[name] > 1)
-    usual = max(grouped, key=grouped.get, default=-1)
-    return {
-        name: -1 if groups[name] == 1 and depths[name] != usual else depths[name] // groups[name]
-        for name in layers
-    }
+    return formats.group_sizes(
+        {name: (layer.B.shape[0] * 16, layer.s.shape[0]) for name, layer in layers.items()}
+    )
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -143,80 +142,14 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size) -> None:
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for filename, names in split.filename_to_tensors.items():
-        shard, storages = {}, set()
-        for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if (storage := tensor.untyped_storage().data_ptr()) in storages:
-                tensor = tensor.clone()  # a file cannot hold two views of one storage
-            storages.add(storage)
-            shard[name] = tensor
-        save_file(shard, directory / filename, metadata={"format": "pt"})
-        # safetensors keeps its files to their owner; a checkpoint is like any other file.
-        (directory / filename).chmod((directory / "config.json").stat().st_mode)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder to write into, whose content takes the old checkpoint's place at the end.
-
-    It lies inside target, so that this works on mounted directories too.
-    """
-    made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield stage
-        install(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if made and not any(target.iterdir()):
-            target.rmdir()
-
-
-def install(stage: Path, target: Path) -> None:
-    """Moves the old checkpoint's files aside, the new ones in, then drops the old.
-
-    config.json goes first and comes last: whoever looks in between finds no checkpoint rather
-    than parts of two. Nothing is deleted before everything is in its place.
-    """
-    new = {path.name for path in stage.iterdir()}
-    old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
-    aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
-    config_last = lambda name: name == "config.json"  # noqa: E731
-    moves = [(target / name, aside / name) for name in sorted(old, key=config_last, reverse=True)]
-    moves += [(stage / name, target / name) for name in sorted(new, key=config_last)]
-    done = []
-    try:
-        for source, destination in moves:
-            source.rename(destination)
-            done.append((source, destination))
-    except BaseException:
-        for source, destination in reversed(done):
-            destination.rename(source)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
-
-
-def belongs(filename: str) -> bool:
-    """Whether a file is part of a checkpoint, even if a new one has none of that name."""
-    weights = filename.startswith("model") and filename.endswith(".safetensors")
-    return weights or filename in (INDEX, "generation_config.json")
-
-
 # ------------------------------------------------------------------------------------ loading
 
 
 def load_pretrained(
     directory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ):
-    """Loads a checkpoint that `save_pretrained` wrote, with `MarlinLinear` layers.
+    """Loads a quantized checkpoint onto `MarlinLinear` layers: one that `save_pretrained` wrote,
+    or any other that `marlin convert` reads (GPTQ, AWQ, compressed-tensors, older Marlin ones).
 
     The model is built without memory for its parameters, which then come from the files one
     after another, so the peak is about the size of the checkpoint. No code or pickle from the
@@ -234,12 +167,20 @@ def load_pretrained(
     Raises:
         CheckpointError: files that are missing, damaged, or do not fit the configuration.
     """
-    directory = Path(directory)
-    config, quantization = read_config(directory)
-    files = list_tensors(directory)
-    model = empty_model(config, dtype)
-    insert_layers(model, quantization, set(files))
-    fill(model, directory, files, torch.device(device), dtype)
+    directory, device = Path(directory), torch.device(device)
+    if is_native(directory):
+        config, quantization = read_config(directory)
+        files = {name: info.file for name, info in list_tensors(directory).items()}
+        model = empty_model(config, dtype)
+        insert_layers(model, quantization, set(files))
+    else:
+        with open_source(directory, device=device) as source:
+            config = model_config(directory)
+            files = {name: source.tensors[name].file for name in source.dense}
+            model = empty_model(config, dtype)
+            insert_full_layers(model, source)
+        model.config.quantization_config = quantization_config(model)
+    fill(model, directory, files, device, dtype)
     model.to(device)  # buffers that are not stored
     if model.can_generate() and (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -248,10 +189,16 @@ def load_pretrained(
     return model.eval()
 
 
+def is_native(directory: Path) -> bool:
+    """Whether its configuration is of our own format, which is loaded without unpacking it."""
+    quantization = read_json(directory / CONFIG).get("quantization_config")
+    if not isinstance(quantization, dict):
+        return False
+    return quantization.get("quant_method") == "marlin" and "is_marlin_format" not in quantization
+
+
 def read_config(directory: Path):
     """The model's configuration and its `quantization_config`, checked."""
-    from transformers import AutoConfig
-
     raw = read_json(directory / "config.json")
     quantization = raw.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "marlin":
@@ -279,62 +226,17 @@ def read_config(directory: Path):
     for key, kind in types.items():
         if not isinstance(quantization.setdefault(key, kind()), kind):
             raise CheckpointError(f"{directory}: quantization_config: {key} must be {kind}")
+    return model_config(directory), quantization
+
+
+def model_config(directory: Path):
+    """The `transformers.PretrainedConfig` in a directory."""
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a configuration class makes of a bad file
         raise CheckpointError(f"{directory}: config.json: {error}") from error
-    return config, quantization
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def list_tensors(directory: Path) -> dict[str, str]:
-    """Every tensor's file, from the index and from the files themselves."""
-    if (directory / INDEX).is_file():
-        claimed = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(claimed, dict) or not claimed:
-            raise CheckpointError(f"{directory / INDEX}: no weight_map")
-        for filename in claimed.values():
-            # An index comes with the download: it may name files of this directory only.
-            plain = isinstance(filename, str) and filename == Path(filename).name
-            if not plain or not filename.endswith(".safetensors") or "\\" in filename:
-                raise CheckpointError(f"{directory / INDEX}: bad file name {filename!r}")
-    else:
-        claimed = None
-    found = {}
-    for filename in sorted(set(claimed.values())) if claimed else [WEIGHTS]:
-        with open_shard(directory / filename) as shard:
-            for name in shard.keys():  # noqa: SIM118 (a safe_open is no dict)
-                if name in found:
-                    raise CheckpointError(f"{directory}: {name} is in two files")
-                found[name] = filename
-    if claimed is not None and claimed != found:
-        wrong = sorted(n for n in claimed | found if claimed.get(n) != found.get(n))
-        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
-    return found
-
-
-@contextlib.contextmanager
-def open_shard(path: Path, device: str = "cpu") -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt", device=device) as shard:
-            yield shard
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def empty_model(config, dtype: torch.dtype | None):
@@ -375,18 +277,15 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
     kept = set(map(str, quantization["modules_to_not_convert"]))
     overrides = quantization["group_size_overrides"]
     has = parts_of_layers(quantization, packed, names - own)
-    places = defaultdict(list)  # a layer may hang in several
-    for dense in dense_layers(model):
-        places[dense.module].append(dense)
-
-    if unknown := packed - {dense.name for found in places.values() for dense in found}:
-        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    places = places_of(model, packed)
+    tied = getattr(model, "all_tied_weights_keys", {}).keys()
     if both := packed & kept:
         raise CheckpointError(f"packed, but in modules_to_not_convert: {some(both)}")
     for linear, found in places.items():
         name = next((dense.name for dense in found if dense.name in packed), None)
         if name is None:
-            if not any(dense.name in kept for dense in found):
+            weights = {f"{dense.name}.weight" for dense in found}
+            if not weights & tied and not any(dense.name in kept for dense in found):
                 raise CheckpointError(
                     f"{found[0].name}: missing tensor {found[0].name}.B, "
                     "and modules_to_not_convert does not list it"
@@ -398,7 +297,7 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
             layer = MarlinLinear(
                 k,
                 n,
-                linear.bias is not None,
+                linear.bias is not None or f"{name}.bias" in names,
                 group_size=size,
                 zeros=name in has["zeros"],
                 act_order=name in has["perm"],
@@ -408,6 +307,42 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
             raise CheckpointError(f"{name}: {error}") from error
         for dense in found:
             dense.replace(layer)
+
+
+def insert_full_layers(model: nn.Module, source: Source) -> None:
+    """Puts a MarlinLinear where a checkpoint in another format has a packed layer. Only its bias
+    is still to come: that is a tensor like any other."""
+    take_apart(model, source.tensors.keys())
+    for linear, found in places_of(model, source.layers.keys()).items():
+        name = next((dense.name for dense in found if dense.name in source.layers), None)
+        if name is None:
+            continue
+        weight = source.read(name, source.parts(name))
+        if weight.codes.shape != dense_weight(linear).shape:
+            raise CheckpointError(
+                f"{name}: expected a weight (k, n) = {tuple(dense_weight(linear).shape)}, "
+                f"got {tuple(weight.codes.shape)}"
+            )
+        try:
+            layer = MarlinLinear.from_quantized(
+                weight.codes, weight.scales, None, weight.zeros, weight.g_idx
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if linear.bias is not None or f"{name}.bias" in source.tensors:
+            layer.bias = weight.scales.new_empty(layer.out_features, device="meta")
+        for dense in found:
+            dense.replace(layer)
+
+
+def places_of(model: nn.Module, packed: Set[str]) -> dict[nn.Module, list[DenseLayer]]:
+    """Where each dense layer hangs (it may be several places), if there is one for all packed."""
+    places = defaultdict(list)
+    for dense in dense_layers(model):
+        places[dense.module].append(dense)
+    if unknown := packed - {dense.name for found in places.values() for dense in found}:
+        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    return places
 
 
 def parts_of_layers(quantization: dict, packed: set[str], names: set[str]) -> dict[str, set[str]]:
@@ -439,19 +374,32 @@ def fill(
 ) -> None:
     """Reads every tensor into the model's parameters and persistent buffers."""
     slots = list_slots(model)
+    files = {n: file for n, file in files.items() if n in slots or not is_obsolete(model, n)}
     if unexpected := files.keys() - slots.keys():
         raise CheckpointError(f"{directory}: unexpected tensors: {some(unexpected)}")
-    filled = set()
+    filled = {id(slot) for slot in slots.values() if slot.is_full()}
+    if both := [name for name in files if id(slots[name]) in filled]:
+        raise CheckpointError(f"{directory}: stored in two formats: {some(both)}")
     for filename in sorted(set(files.values())):
         with open_shard(directory / filename, str(device)) as shard:
             for name in sorted(n for n, f in files.items() if f == filename):
                 slot = slots[name]
                 if id(slot) in filled:
-                    raise CheckpointError(f"{directory}: {name} is tied and stored twice")
+                    if not slot.holds(shard.get_tensor(name)):
+                        raise CheckpointError(
+                            f"{directory}: {name} is tied and stored twice, with other values"
+                        )
+                    continue
                 filled.add(id(slot))
                 slot.set(name, shard.get_tensor(name), dtype)
     if missing := {name for name, slot in slots.items() if id(slot) not in filled}:
         raise CheckpointError(f"{directory}: missing tensors: {some(missing)}")
+
+
+def is_obsolete(model: nn.Module, name: str) -> bool:
+    """Whether a checkpoint of an older program may hold a tensor that the model computes now."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return name.endswith("rotary_emb.inv_freq") or any(re.search(p, name) for p in patterns)
 
 
 class Slot:
@@ -476,6 +424,17 @@ class Slot:
             # Not setattr: models may wrap it, and the kind of entry does not change.
             entries = module._parameters if attribute in module._parameters else module._buffers
             entries[attribute] = tensor
+
+    def is_full(self) -> bool:
+        """Whether `insert_full_layers` put it there."""
+        module, attribute = self.places[0]
+        packed = isinstance(module, PackedModule) and attribute in ("B", "s", "zeros", "perm")
+        return packed and not self.current.is_meta
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        module, attribute = self.places[0]
+        current = getattr(module, attribute)
+        return current.shape == tensor.shape and torch.equal(current, tensor.to(current.dtype))
 
     def check(self, name: str, tensor: torch.Tensor, scales: bool) -> None:
         expected = self.current
@@ -519,9 +478,3 @@ def list_slots(model: nn.Module) -> dict[str, Slot]:
             slot.places.append((module, attribute))
             slots[f"{path}.{attribute}".lstrip(".")] = slot
     return slots
-
-
-def some(names) -> str:
-    """A few of many names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

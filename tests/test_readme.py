@@ -1,6 +1,7 @@
 """What the README tells people to type works."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import marlin
+from marlin import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,7 +47,17 @@ def test_python_examples_run(number, working_folder):
 
 def test_there_are_examples():
     assert len(blocks("python")) == 5
-    assert len(blocks("sh")) == 3
+    assert len(blocks("sh")) == 4
+
+
+def test_marlin_commands_run(working_folder):
+    """Those that need no more than the checkpoint that is there, and one that somebody made."""
+    assert cli.main(["convert", "llama-4bit", "somebodys-gptq-model", "--format", "gptq"]) == 0
+    commands = re.findall(r"^marlin ((?:convert|info) .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)) == 0
+    assert marlin.load_pretrained("llama-for-vllm").config.model_type == "llama"
 
 
 def test_commands_exist():

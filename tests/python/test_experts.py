@@ -5,6 +5,8 @@ import torch
 
 t = pytest.importorskip("transformers")
 
+import marlin  # noqa: E402
+from marlin.convert import convert  # noqa: E402
 from marlin.experts import LinearExperts, is_fused, take_apart  # noqa: E402
 
 COMMON = {
@@ -94,6 +96,21 @@ def test_only_what_a_checkpoint_has_taken_apart():
     model = build("mixtral")
     names = {"model.layers.1.mlp.experts.0.gate_up_proj.B", "model.layers.0.mlp.experts.down_proj"}
     assert take_apart(model, names) == ["model.layers.1.mlp.experts"]
+
+
+@pytest.mark.parametrize("format", ["marlin", "gptq", "compressed-tensors"])
+def test_checkpoints_of_all_formats_are_loaded_onto_them(tmp_path, format):
+    model = build("mixtral").half()
+    take_apart(model)
+    marlin.quantize(model, group_size=32)
+    marlin.save_pretrained(model, tmp_path / "marlin")
+    if format != "marlin":
+        convert(tmp_path / "marlin", tmp_path / format, format)
+    loaded = marlin.load_pretrained(tmp_path / format)
+    assert isinstance(loaded.model.layers[0].mlp.experts, LinearExperts)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_experts_of_another_make_are_left_alone():
