@@ -6,6 +6,7 @@ models on disk.
 ``Layer``, ``mul`` and ``replace_linear`` are the names of the published package, as it had them.
 """
 
+from marlin import integrations
 from marlin.checkpoint import CheckpointError, load_pretrained, save_pretrained
 from marlin.layer import MarlinLinear, quantize
 from marlin.ops import (
@@ -24,6 +25,7 @@ __version__ = "0.2.0"
 __all__ = [
     "CheckpointError",
     "Layer",
+    "MarlinConfig",
     "MarlinLinear",
     "dequantize",
     "load_pretrained",
@@ -39,3 +41,13 @@ __all__ = [
     "unpack_scales",
     "why_no_cuda",
 ]
+
+integrations.install()
+
+
+def __getattr__(name: str):
+    if name == "MarlinConfig":  # its base class is transformers', which is slow to import
+        from marlin.integrations.transformers import MarlinConfig
+
+        return MarlinConfig
+    raise AttributeError(f"module 'marlin' has no attribute {name!r}")
