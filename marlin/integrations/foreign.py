@@ -48,10 +48,10 @@ class ReadPacked(ConversionOps):
             if name not in self.stored_name:
                 continue
             k, n = dense_weight(linear).shape
-            bias = linear.bias is not None
+            header = stored.get(f"{name}.bias")  # some formats have one where the model has not
+            bias = linear.bias is not None or header is not None
             layer = MarlinLinear(k, n, bias, group_size=self.usual_size(k), device="meta")
-            header = stored.get(f"{name}.bias")
-            if bias and header is not None:
+            if header is not None:
                 if header.shape != (n,) or header.dtype not in BIAS_DTYPES:
                     raise CheckpointError(
                         f"{name}.bias: expected ({n},), floating point, "
