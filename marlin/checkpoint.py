@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from marlin import formats
+from marlin import formats, integrations
 from marlin.experts import take_apart
 from marlin.layer import (
     SCALE_DTYPES,
     DenseLayer,
     MarlinLinear,
     PackedModule,
+    conv1d_names,
     dense_layers,
     dense_weight,
 )
@@ -177,12 +178,14 @@ def load_pretrained(
         config, quantization = read_config(directory)
         files = {name: info.file for name, info in list_tensors(directory).items()}
         model = empty_model(config, dtype)
+        integrations.adopt(model, conv1d_names(model))
         insert_layers(model, quantization, set(files))
     else:
         with open_source(directory, device=device) as source:
             config = model_config(directory)
             files = {name: source.tensors[name].file for name in source.dense}
             model = empty_model(config, dtype)
+            integrations.adopt(model, conv1d_names(model))
             insert_full_layers(model, source)
         model.config.quantization_config = quantization_config(model)
     fill(model, directory, files, device, dtype)

@@ -8,7 +8,7 @@ and adds itself.
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 
@@ -26,6 +26,23 @@ def install() -> None:
     for name in FOLLOWERS:
         if sys.modules.get(name) is not None:
             follow(name)
+
+
+def adopt(model, transposed: Iterable[str]) -> None:
+    """Has a transformers model's own `save_pretrained` and `dequantize` know its Marlin layers.
+
+    `from_pretrained` does that by itself; this is for models that came by them in another way.
+    Models that are not from transformers are left alone.
+
+    transposed: names of layers that were a `Conv1D` before.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and isinstance(model, modeling.PreTrainedModel):
+        from marlin.integrations.transformers import MarlinConfig, MarlinQuantizer
+
+        known = getattr(getattr(model, "hf_quantizer", None), "transposed", frozenset())
+        model.hf_quantizer = MarlinQuantizer(MarlinConfig())
+        model.hf_quantizer.transposed = known.union(transposed)
 
 
 def follow(name: str) -> None:

@@ -35,7 +35,7 @@ from marlin.integrations.loading import (
     marlin_layers,
     untie_packed,
 )
-from marlin.layer import MarlinLinear, dense_layers, is_conv1d, quantize
+from marlin.layer import MarlinLinear, conv1d_names, quantize
 
 OLDEST = "5.0"
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta")
@@ -85,7 +85,7 @@ class MarlinQuantizer(HfQuantizer):
     is_trainable = True  # adapters on top are; the packed weights are not
     is_compileable = True
     reader: ReadPacked | None = None  # of another format
-    transposed: frozenset[str] = frozenset()  # layers that were a `Conv1D`
+    transposed: frozenset[str] = frozenset()  # layers that were a GPT-2 `Conv1D`
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
@@ -102,7 +102,7 @@ class MarlinQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("Marlin layers are not split among processes: use device_map instead")
-        self.transposed = frozenset(d.name for d in dense_layers(model) if is_conv1d(d.module))
+        self.transposed = frozenset(conv1d_names(model))
         if self.pre_quantized:
             headers = read_headers(checkpoint_files)
             if self.quantization_config.source is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import BUILD, IDS, assert_same, build, logits, marlin_layers
+from tiny_models import BUILD, IDS, assert_same, build, logits, make, marlin_layers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -133,6 +133,18 @@ def test_dense_models_are_rounded_after_loading(name, tmp_path):
     model.save_pretrained(tmp_path / "packed")
     assert quantization(tmp_path / "packed")["modules_to_not_convert"] == sorted(kept)
     assert_same(load(tmp_path / "packed"), dense)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_models_that_came_by_their_layers_otherwise_are_saved_too(name, saved, tmp_path):
+    for model in (make(name), load_pretrained(saved(name))):
+        model.save_pretrained(tmp_path / "model")
+        assert quantization(tmp_path / "model") == quantization(saved(name))
+        assert_same(load(tmp_path / "model"), model)
+        expected = logits(model)
+        model.dequantize().save_pretrained(tmp_path / "dense")
+        dense = load(tmp_path / "dense")
+        torch.testing.assert_close(logits(dense), expected, atol=1e-3, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------------- without Marlin
