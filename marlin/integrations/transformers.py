@@ -37,7 +37,7 @@ from marlin.integrations.loading import (
 )
 from marlin.layer import MarlinLinear, conv1d_names, quantize
 
-OLDEST = "5.0"
+OLDEST = "5.14"  # before, what is offloaded to disk came back wrong
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta")
 
 
