@@ -2,7 +2,7 @@
 
 ``matmul`` multiplies by a packed 4-bit weight; ``MarlinLinear`` is the layer around it;
 ``quantize`` replaces a model's layers; ``save_pretrained`` and ``load_pretrained`` keep whole
-models on disk.
+models on disk. ``MarlinConfig`` is for `from_pretrained` of transformers.
 ``Layer``, ``mul`` and ``replace_linear`` are the names of the published package, as it had them.
 """
 
@@ -25,7 +25,6 @@ __version__ = "0.2.0"
 __all__ = [
     "CheckpointError",
     "Layer",
-    "MarlinConfig",
     "MarlinLinear",
     "dequantize",
     "load_pretrained",
@@ -46,7 +45,7 @@ integrations.install()
 
 
 def __getattr__(name: str):
-    if name == "MarlinConfig":  # its base class is transformers', which is slow to import
+    if name == "MarlinConfig":  # its base class is transformers', which is slow, if there at all
         from marlin.integrations.transformers import MarlinConfig
 
         return MarlinConfig

@@ -165,7 +165,7 @@ IMPORT = """
 import sys
 for name in {blocked}:
     sys.modules[name] = None  # importing it fails
-import marlin
+from marlin import *
 """
 
 

@@ -159,9 +159,11 @@ def test_loads_exactly_and_is_saved_as_marlin(kind, foreign, tmp_path):
     loaded = load(directory)
     assert_same(loaded, model)
     assert torch.equal(logits(loaded), logits(model))
+    described = loaded.config.quantization_config.to_dict()
     loaded.save_pretrained(tmp_path / "native")
     config = json.loads((tmp_path / "native" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "marlin" and config["modules_to_not_convert"] == ["lm_head"]
+    assert described == config
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "native"), model)
     assert_same(load_pretrained(tmp_path / "native"), model)
 
