@@ -176,6 +176,17 @@ def test_the_models_dtype_leaves_packed_layers_alone(foreign):
         assert_same(layer, model.get_submodule(name))
 
 
+def test_biases_keep_their_type_and_may_be_more_than_the_model_has(foreign):
+    _, directory = foreign("gptq")
+    o_proj = "model.layers.0.self_attn.o_proj"  # has none in this architecture
+    biases = {f"{name}.bias": torch.randn(64) for name in (Q, o_proj)}
+    rewrite(directory, biases)
+    loaded = load(directory)
+    for name, bias in biases.items():
+        stored = loaded.get_buffer(name)
+        assert stored.dtype == torch.float32 and torch.equal(stored, bias)
+
+
 def test_the_base_of_a_model(foreign):
     model, directory = foreign("awq")
     assert_same(load(directory, AutoModel), model.model)
@@ -203,8 +214,6 @@ DAMAGES = {
                  f"missing tensors: {Q}.weight"),
     "no bias": ({f"{Q}.bias": None}, f"missing tensors: {Q}.bias"),
     "shape": ({f"{Q}.qweight": torch.zeros(8, 32, dtype=torch.int32)}, f"{Q}"),
-    "another shape": ({f"{Q}.qweight": torch.zeros(4, 64, dtype=torch.int32),
-                       f"{Q}.g_idx": torch.arange(32, dtype=torch.int32) // 16}, f"{Q}"),
     "shape of bias": ({f"{Q}.bias": torch.zeros(3)}, f"{Q}.bias: expected"),
     "NaN": ({f"{Q}.scales": torch.full((2, 64), torch.nan).half()}, f"{Q}.*not finite"),
     "a layer too many": ({f"model.norm.{p}": ONE.clone() for p in PARTS},
@@ -219,6 +228,15 @@ def test_damaged_checkpoints(damage, foreign):
     _, directory = foreign("gptq")
     rewrite(directory, changes)
     with pytest.raises(CheckpointError, match=message):
+        load(directory)
+
+
+def test_a_layer_of_another_shape(foreign):
+    _, directory = foreign("gptq")
+    tensors = load_file(directory / "model.safetensors")
+    narrow = Q.replace("q_proj", "k_proj")
+    rewrite(directory, {f"{Q}.{p}": tensors[f"{narrow}.{p}"].clone() for p in (*PARTS, "g_idx")})
+    with pytest.raises(CheckpointError, match=r"q_proj: expected .* = \(64, 64\), got \(64, 32\)"):
         load(directory)
 
 

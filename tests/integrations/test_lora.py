@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tiny_models import IDS, assert_same, logits, marlin_layers
+from tiny_models import IDS, assert_same, build, logits, marlin_layers
 from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
+import marlin  # noqa: E402
 from marlin import load_pretrained  # noqa: E402
-from marlin.integrations.peft import MarlinLoraLinear  # noqa: E402
 
 
 def load(directory, **kwargs):
@@ -49,13 +49,21 @@ def test_training_lowers_the_loss_and_leaves_the_base(dtype, saved, tmp_path):
     assert_same(model.unload(), load(saved(), dtype=dtype))
 
 
-def test_all_linear_layers_but_the_head(saved):
-    model = get_peft_model(load(saved()), lora())
-    kinds = [n for n, m in model.named_modules() if isinstance(m, MarlinLoraLinear)]
-    assert len(kinds) == 13  # seven in each of two layers; one of them is dense
-    assert not hasattr(model.base_model.model.lm_head, "lora_A")
+def test_all_linear_layers_but_the_head():
+    base = build("llama")
+    marlin.quantize(base, 32, skip=["o_proj"])  # the head is packed too
+    model = get_peft_model(base, lora())
+    assert len(adapted(model)) == 14  # seven in each of two layers, o_proj by PEFT's own class
+    assert not any("lm_head" in name for name in adapted(model))
     model.add_adapter("second", lora())
-    assert all("second" in m.lora_A for m in model.modules() if isinstance(m, MarlinLoraLinear))
+    first, second = model.peft_config.values()
+    assert first.target_modules == second.target_modules
+    layers = adapted(model)
+    assert len(layers) == 14 and all("second" in layer.lora_A for layer in layers.values())
+
+
+def adapted(model):
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def test_through_transformers_own_door(saved, tmp_path):

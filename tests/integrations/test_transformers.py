@@ -154,6 +154,7 @@ def test_models_that_came_by_their_layers_otherwise_are_saved_too(name, saved, t
 def test_dequantize(name, saved, tmp_path):
     model = load(saved(name))
     expected = logits(model)
+    marlin.quantize(model, 32, skip=["lm_head", "o_proj"])  # finds nothing left to do
     dense = model.dequantize()
     assert not marlin_layers(dense)
     assert not dense.is_quantized and not hasattr(dense.config, "quantization_config")
