@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from marlin import formats
+from marlin import formats, integrations
 from marlin.experts import take_apart
 from marlin.layer import (
     SCALE_DTYPES,
     DenseLayer,
     MarlinLinear,
     PackedModule,
+    conv1d_names,
     dense_layers,
     dense_weight,
 )
@@ -80,13 +81,18 @@ def save_pretrained(model, directory, tokenizer=None, max_shard_size: int | str 
 
 
 def quantization_config(model: nn.Module) -> dict:
-    """The `quantization_config` that describes a model's Marlin layers."""
+    """The `quantization_config` that describes a model's Marlin layers, which have to be full."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
     if not layers:
         raise ValueError("the model has no Marlin layers: quantize it first")
     for name, layer in layers.items():
         if layer.s.is_meta or not torch.isfinite(layer.s).all():
             raise ValueError(f"{name}: scales are not finite; was the layer ever filled?")
+    return describe_layers(model, layers)
+
+
+def describe_layers(model: nn.Module, layers: dict[str, PackedModule]) -> dict:
+    """The `quantization_config` of a model with these layers, from their shapes alone."""
     sizes = group_sizes(layers)
     usual = Counter(sizes.values()).most_common(1)[0][0]
     lacks = {
@@ -172,12 +178,14 @@ def load_pretrained(
         config, quantization = read_config(directory)
         files = {name: info.file for name, info in list_tensors(directory).items()}
         model = empty_model(config, dtype)
+        integrations.adopt(model, conv1d_names(model))
         insert_layers(model, quantization, set(files))
     else:
         with open_source(directory, device=device) as source:
             config = model_config(directory)
             files = {name: source.tensors[name].file for name in source.dense}
             model = empty_model(config, dtype)
+            integrations.adopt(model, conv1d_names(model))
             insert_full_layers(model, source)
         model.config.quantization_config = quantization_config(model)
     fill(model, directory, files, device, dtype)
@@ -206,11 +214,17 @@ def read_config(directory: Path):
             f"{directory}: expected quantization_config with quant_method 'marlin' in "
             f"config.json, got {quantization!r}"
         )
+    check_quantization(quantization, directory)
+    return model_config(directory), quantization
+
+
+def check_quantization(quantization: dict, where) -> None:
+    """Refuses a `quantization_config` of another format; adds the optional keys it lacks."""
     expected = {"bits": 4, "format_version": FORMAT_VERSION}
     for key, value in expected.items():
         if quantization.get(key) != value:
             raise CheckpointError(
-                f"{directory}: quantization_config: expected {key}={value}, "
+                f"{where}: quantization_config: expected {key}={value}, "
                 f"got {quantization.get(key)!r}"
             )
     quantization.setdefault("sym", None)  # has to be said
@@ -225,8 +239,7 @@ def read_config(directory: Path):
     }
     for key, kind in types.items():
         if not isinstance(quantization.setdefault(key, kind()), kind):
-            raise CheckpointError(f"{directory}: quantization_config: {key} must be {kind}")
-    return model_config(directory), quantization
+            raise CheckpointError(f"{where}: quantization_config: {key} must be {kind}")
 
 
 def model_config(directory: Path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from marlin import ops
+from marlin import integrations, ops
 from marlin.packed import SCALE_DTYPES, PackedModule, mark_empty, padded, resolve_group_size
 from marlin.quantized import Quantized
 
@@ -247,6 +247,10 @@ def dense_layers(model: nn.Module, prefix: str = "") -> Iterator[DenseLayer]:
                 yield DenseLayer(f"{path}.{attribute}".lstrip("."), parent, attribute, child)
 
 
+def conv1d_names(model: nn.Module) -> list[str]:
+    return [dense.name for dense in dense_layers(model) if is_conv1d(dense.module)]
+
+
 def quantize(
     model: nn.Module,
     group_size: int = 128,
@@ -268,6 +272,7 @@ def quantize(
         The names of the layers that stay dense: the skipped, and those group_size does not fit.
     """
     kept, done = [], {}
+    transposed = conv1d_names(model)
     for dense in dense_layers(model):
         name, linear = dense.name, dense.module
         fits = True
@@ -281,4 +286,5 @@ def quantize(
         if linear not in done:  # shared layers stay shared
             done[linear] = MarlinLinear.from_linear(linear, group_size, dtype)
         dense.replace(done[linear].train(linear.training))
+    integrations.adopt(model, transposed)
     return kept

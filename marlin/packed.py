@@ -57,6 +57,11 @@ class PackedModule(nn.Module):
         self.register_buffer("zeros", None)
         self.register_buffer("perm", None)
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """`B`, by the name under which PEFT looks for the device of packed weights."""
+        return self.B
+
     def _apply(self, fn, recurse=True):
         dtype, was_meta = self.s.dtype, self.s.is_meta
         # fn may cast floating-point tensors: show it the scales as integers of the same size.
