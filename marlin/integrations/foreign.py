@@ -7,7 +7,13 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from marlin import formats
 from marlin.integrations.headers import Header
-from marlin.integrations.loading import BIAS_DTYPES, placed, places, same_architecture
+from marlin.integrations.loading import (
+    BIAS_DTYPES,
+    placed,
+    places,
+    same_architecture,
+    take_experts_apart,
+)
 from marlin.layer import MarlinLinear, dense_layers, dense_weight, resolve_group_size
 from marlin.shards import CheckpointError, some
 from marlin.sources import read_beside
@@ -40,6 +46,7 @@ class ReadPacked(ConversionOps):
 
     def insert(self, model) -> None:
         """Empty layers where packed ones are stored. Their groups are as usual, for now."""
+        take_experts_apart(model, self.headers)
         place = places(model)
         self.stored_name = {place(layer): layer for layer in self.layers}
         stored = placed(self.headers, place)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from marlin.checkpoint import check_part, check_quantization, insert_layers
+from marlin.experts import take_apart
 from marlin.integrations.headers import Header
 from marlin.layer import SCALE_DTYPES, MarlinLinear, dense_layers
 from marlin.shards import CheckpointError, some
@@ -24,6 +25,7 @@ DTYPES = {
 def insert_native(model, quantization: dict, headers: dict[str, Header]) -> None:
     """Empty Marlin layers, on the meta device, in the places and shapes that the files have."""
     check_quantization(quantization, "config.json")
+    take_experts_apart(model, headers)
     place = places(model)
     for key, value in quantization.items():
         if isinstance(value, list):
@@ -41,19 +43,26 @@ def insert_native(model, quantization: dict, headers: dict[str, Header]) -> None
         fit_to_headers(name, layer, stored)
 
 
-def places(model) -> Callable[[str], str]:
-    """Gives the name in this model of a layer that may be stored under another.
+def take_experts_apart(model, names: Iterable[str]) -> None:
+    """Gives experts linear layers of their own, where the files have tensors of these names."""
+    take_apart(model, {candidate for name in names for candidate in candidates(model, name)})
 
-    The model may be the base of the stored one, or have it for its base.
-    """
+
+def places(model) -> Callable[[str], str]:
+    """Gives the name in this model of a layer that may be stored under another."""
     own = model.state_dict().keys()
-    prefix = f"{model.base_model_prefix}."
 
     def place(layer: str) -> str:
-        candidates = (layer, layer.removeprefix(prefix), prefix + layer)
-        return next((name for name in candidates if f"{name}.weight" in own), layer)
+        return next((name for name in candidates(model, layer) if f"{name}.weight" in own), layer)
 
     return place
+
+
+def candidates(model, name: str) -> tuple[str, str, str]:
+    """What a stored name may be in the model, which may be the base of the stored one, or have it
+    for its base."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def placed(headers: dict[str, Header], place: Callable[[str], str]) -> dict[str, Header]:
