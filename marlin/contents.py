@@ -22,7 +22,7 @@ def collect(directory: Path) -> dict:
     tensors = list_tensors(directory)
     report = {
         "directory": str(directory),
-        "architecture": next(iter(config.get("architectures") or []), config.get("model_type")),
+        "architecture": architecture(config),
         "files": len({info.file for info in tensors.values()}),
         "bytes": sum(info.bytes for info in tensors.values()),
     }
@@ -40,15 +40,25 @@ def collect(directory: Path) -> dict:
     }
 
 
+def architecture(config: dict) -> str:
+    named = config.get("architectures")
+    if isinstance(named, list) and named:
+        return str(named[0])
+    return str(config.get("model_type", "unknown"))
+
+
 def packed_report(reader: formats.Reader, layers: dict, tensors: dict[str, TensorInfo]) -> dict:
     outlines, symmetric, weights, size = {}, Counter(), 0, 0
     for layer, parts in layers.items():
         try:
-            outline = reader.outline({part: tensors[name].shape for part, name in parts.items()})
-            outlines[layer] = outline[0], outline[2]
-            weights += outline[0] * outline[1]
-        except ValueError as error:  # not two dimensions
-            raise CheckpointError(f"{layer}: tensors of unexpected shapes") from error
+            shapes = {part: tensors[name].shape for part, name in parts.items()}
+            k, n, groups = reader.outline(shapes)
+        except ValueError:  # not two dimensions
+            k = n = groups = 0
+        if not k * n * groups:
+            raise CheckpointError(f"{layer}: tensors of unexpected shapes")
+        outlines[layer] = k, groups
+        weights += k * n
         symmetric[reader.symmetric(parts)] += 1
         size += sum(tensors[name].bytes for name in parts.values())
     scales = {tensors[parts[scale_part(reader)]].dtype for parts in layers.values()}
@@ -82,7 +92,7 @@ def describe(report: dict) -> str:
     files = f"{report['files']} file" + "s" * (report["files"] > 1)
     lines = [
         ("checkpoint", report["directory"]),
-        ("model", report["architecture"] or "unknown"),
+        ("model", report["architecture"]),
         ("format", report["format"] or "full precision: `marlin quantize` makes it 4 bits"),
         ("size", f"{megabytes(report['bytes'])} in {files}"),
     ]

@@ -87,6 +87,13 @@ def integer(config: dict, key: str, default=None) -> int | None:
     return value
 
 
+def boolean(config: dict, key: str) -> bool | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"quantization_config: {key}: expected true or false, got {value!r}")
+    return value
+
+
 def check_bits(bits) -> None:
     if bits != 4:
         raise CheckpointError(f"quantization_config: expected 4 bits per weight, got {bits!r}")

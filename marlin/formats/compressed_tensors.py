@@ -65,6 +65,10 @@ class CompressedTensorsReader(Reader):
         expect_words(f"{layer}.weight_packed", packed)
         n, k = read_shape(layer, parts["weight_shape"])
         expect_shape(f"{layer}.weight_packed", packed, (n, -(-k // 8)))
+        if scale.dim() != 2:
+            raise CheckpointError(
+                f"{layer}.weight_scale: expected a matrix, got {tuple(scale.shape)}"
+            )
         scales = scale.t().contiguous()
         groups = check_scales(layer, scales, n)
         zeros = None

@@ -23,6 +23,7 @@ from marlin.shards import CheckpointError
 from .base import (
     LayerSummary,
     Reader,
+    boolean,
     check_bits,
     check_group_size,
     integer,
@@ -53,7 +54,7 @@ class GPTQReader(Reader):
     def from_config(cls, config: dict) -> GPTQReader:
         check_bits(config.get("bits"))
         kind = config.get("checkpoint_format", config.get("format", "gptq"))
-        if kind not in VERSIONS:
+        if not isinstance(kind, str) or kind not in VERSIONS:
             raise CheckpointError(
                 f"quantization_config: checkpoint_format: expected {', '.join(VERSIONS)} "
                 f"or marlin, got {kind!r}"
@@ -68,8 +69,8 @@ class GPTQReader(Reader):
         return cls(
             version=VERSIONS[kind],
             group_size=integer(config, "group_size"),
-            sym=config.get("sym"),
-            desc_act=config.get("desc_act"),
+            sym=boolean(config, "sym"),
+            desc_act=boolean(config, "desc_act"),
             dynamic=dynamic,
             word_wise="gptqmodel" in str(makers).lower(),
         )

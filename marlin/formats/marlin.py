@@ -20,7 +20,7 @@ from marlin.quantized import Quantized, row_groups
 from marlin.shards import CheckpointError
 
 from .base import LayerSummary, Reader, check_bits, check_group_size, integer, usual_group_size
-from .weight import check_scales, expect_shape, expect_words, normalized
+from .weight import check_scales, expect_shape, expect_words, narrowed, normalized
 
 NAME = "marlin"
 FORMAT_VERSION = 1
@@ -36,7 +36,7 @@ class WordsReader(Reader):
         k, n = self.shape(layer, words)
         groups = check_scales(layer, s, n)
         check_group_size(layer, self.size_of(layer), k, groups)
-        return normalized(layer, ops.unpack_scales(s), None, None, k, n)._replace(
+        return normalized(layer, ops.unpack_scales(narrowed(layer, s)), None, None, k, n)._replace(
             codes=ops.unpack(words)
         )
 
@@ -173,7 +173,7 @@ class MarlinReader(WordsReader):
             g_idx = torch.empty_like(order)
             g_idx[order.long()] = row_groups(k, groups, order.device).to(order.dtype)
         width = self.width(layer, n)
-        scales = ops.unpack_scales(s)[:, :width].contiguous()
+        scales = ops.unpack_scales(narrowed(layer, s))[:, :width].contiguous()
         zeros = None if zeros is None else zeros[:, :width].contiguous()
         outline = normalized(layer, scales, zeros, g_idx, k, width)
         codes = ops.unpack(words)[:, :width].contiguous()

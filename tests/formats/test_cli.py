@@ -1,6 +1,7 @@
 """`marlin info DIR`, `marlin convert`, and the commands that lie elsewhere."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,19 +113,22 @@ def test_convert_says_what_is_wrong(source, tmp_path, capsys):
         assert caught.value.code == 2
 
 
-def marlin(*arguments, cwd=ROOT):
+def marlin(*arguments, cwd):
     command = [sys.executable, "-m", "marlin", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize(
-    "command, expected",
-    [("quantize", "--group-size"), ("eval", "perplexity"), ("bench", "gemm")],
-)
+@pytest.mark.parametrize("command, expected", [("eval", "perplexity"), ("bench", "gemm")])
 def test_commands_that_lie_elsewhere(command, expected, tmp_path):
-    result = marlin(command, "--help")
+    result = marlin(command, "--help", cwd=tmp_path)
     assert result.returncode == 0 and expected in result.stdout
-    assert command in marlin("--help").stdout
+
+
+def test_help_names_every_command():
+    text = cli.make_parser().format_help()
+    for command in ("info", "convert", "quantize", "eval", "bench"):
+        assert f"\n    {command} " in text
 
 
 def test_a_command_that_is_not_installed(monkeypatch, capsys):

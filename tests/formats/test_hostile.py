@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints: one clear error each, and nothing left behind."""
 
+import itertools
 import json
 import os
 import pickle
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import marlin
+from marlin import contents as contents_of
 from marlin.convert import convert
 from marlin.shards import INDEX, CheckpointError
+from marlin.sources import open_source
 
 Q = "model.layers.0.self_attn.q_proj"
 FORMATS = {
@@ -137,7 +140,7 @@ TENSORS = [
     ("compressed-tensors", "weight_shape", lambda t: t.float(), "expected integers"),
     ("compressed-tensors", "weight_shape", lambda t: None, "missing tensor"),
     ("compressed-tensors", "weight_scale", lambda t: t[:, :1], "expected shape|none of the"),
-    ("compressed-tensors", "weight_scale", lambda t: t.flatten(), "scales: expected"),
+    ("compressed-tensors", "weight_scale", lambda t: t.flatten(), "expected a matrix"),
     ("compressed-tensors", "weight_scale", nan, "not finite"),
     ("compressed-tensors", "weight_zero_point", lambda t: t[:-1], "zero_point: expected shape"),
     ("compressed-tensors", "weight_zero_point", lambda t: None, "symmetric, are none of the"),
@@ -286,6 +289,70 @@ def test_two_configurations_that_disagree(copy):
     beside = by.gptq_config(64)
     (directory / "quantize_config.json").write_text(json.dumps(beside))
     refuse(directory, "group_size is 32 in config.json, 64 in the file beside it")
+
+
+VALUES = [None, [], {}, -1, 0, "", "re:(", 1e308, True, 2**70, [None], {"a": {}}, "DROP"]
+
+
+def paths(value, path=()):
+    """Of everything inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from paths(inner, (*path, key))
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "native"])
+def test_any_value_in_the_configuration(kind, sound, copy):
+    """Whatever stands there, the answer is a sound checkpoint, or one clear error."""
+    directory = copy(kind)
+    whole = json.loads((directory / "config.json").read_text())
+    wanted = ("quantization_config", "architectures")
+    for path in paths({key: whole[key] for key in wanted}):
+        for value in VALUES:
+            changed = json.loads(json.dumps(whole))
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            if value == "DROP":
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = value
+            (directory / "config.json").write_text(json.dumps(changed))
+            try:
+                contents_of.describe(contents_of.collect(directory))
+                with open_source(directory) as source:
+                    for layer in list(source.layers)[:2]:
+                        source.read(layer, source.parts(layer))
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+
+
+CHANGES = [
+    lambda t: t.double(), lambda t: t.float(), lambda t: t.to(torch.int8), lambda t: t.long(),
+    lambda t: t.bool(), lambda t: t.to(torch.float8_e4m3fn), lambda t: t.to(torch.complex64),
+    lambda t: t.t(), lambda t: t.flatten(), lambda t: t.flatten()[0], lambda t: t[:0],
+    lambda t: t[None], lambda t: t[..., :0], lambda t: t.repeat(*[2] * t.dim()),
+    lambda t: torch.full_like(t, 127),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "native"])
+def test_any_tensor_in_a_layer(kind, sound):
+    with open_source(sound / kind) as source:
+        whole = source.parts(Q)
+        for part, change in itertools.product(whole, CHANGES):
+            try:
+                changed = change(whole[part])
+            except (RuntimeError, NotImplementedError):  # no such change of such a tensor
+                continue
+            try:
+                weight = source.read(Q, {**whole, part: changed.contiguous()})
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+                continue
+            assert weight.codes.shape == (64, 64) and weight.codes.max() <= 15
 
 
 # ---------------------------------------------------------------------------------- the files
