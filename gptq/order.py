@@ -1,8 +1,8 @@
 """In which order inputs are rounded, such that groups stay groups.
 
 Whoever is rounded early is made up for by everyone after, so inputs that matter most (largest
-second moment) go first: groups by their sum, and inputs within their group. Codes and scales are put
-back in natural order afterwards, so a checkpoint needs no permutation.
+second moment) go first: groups by their sum, and inputs within their group. Codes and scales are
+put back in natural order afterwards, so a checkpoint needs no permutation.
 """
 
 import torch

@@ -36,7 +36,9 @@ def refit_scales(
     )
 
 
-def _refit(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, hessian: Tensor) -> Tensor:
+def _refit(
+    weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, hessian: Tensor
+) -> Tensor:
     groups, n = scales.shape
     levels = (codes - grid.ZERO).view(groups, -1, n)
     group = levels.shape[1]

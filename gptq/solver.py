@@ -119,7 +119,7 @@ def gptq(
     Raises ValueError on shapes that do not fit and on values that are NaN or infinite.
     """
     weight, group = _checked(weight, group_size)
-    k, n = weight.shape
+    k = len(weight)
     if hessian.shape != (k, k):
         raise ValueError(f"hessian: expected ({k}, {k}), got {tuple(hessian.shape)}")
     if metric not in METRICS:
