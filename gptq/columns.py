@@ -27,7 +27,7 @@ def quantize_columns(
     Returns codes (b, n) in work's dtype, and moved (b, n). ``work`` is left as it was.
     """
     if _fused(work):
-        return ops.quantize_columns(work, coupling, scale, current)
+        return ops.quantize_columns(work, coupling.contiguous(), scale, current)
     return quantize_columns_in_torch(work, coupling, scale, current)
 
 
@@ -38,7 +38,7 @@ def trial_losses(work: Tensor, coupling: Tensor, weights: Tensor, scales: Tensor
     (candidates, n).
     """
     if _fused(work):
-        return ops.trial_losses(work, coupling, weights, scales)
+        return ops.trial_losses(work, coupling.contiguous(), weights, scales)
     return trial_losses_in_torch(work, coupling, weights, scales)
 
 
