@@ -14,6 +14,8 @@ from gptq.calibration import windows
 
 WINDOW = 512  # tokens predicted together, and the unit of the bootstrap, where a model can
 BATCH = {"cpu": 1, "cuda": 8}  # windows at once
+# GPU memory that stays free while full precision's predictions are kept for the next model.
+LEFT_FREE = 24 * 2**30
 SENTENCES = 1000
 RESAMPLES = 2000
 
@@ -54,6 +56,7 @@ class LanguageJudge:
 
     def __init__(self, model: nn.Module, tokenizer, device: str, tokens: int, longest: int) -> None:
         self.model, self.device = model, device
+        self.kept: dict[tuple[str, int], Tensor] = {}  # by domain and batch: log p of all tokens
         self.pieces = {}
         for name, documents in domains().items():
             cut = [w for text in documents for w in windows(text, tokenizer, longest)]
@@ -73,12 +76,12 @@ class LanguageJudge:
             rows = torch.empty(len(pieces), 3, dtype=torch.float64)
             for start in range(0, len(pieces), batch):
                 chosen = order[start : start + batch]
-                rows[chosen] = self._predict(model, [pieces[i] for i in chosen])
+                rows[chosen] = self._predict(model, [pieces[i] for i in chosen], (name, start))
             weight = torch.tensor([w.shape[1] - 1 for w in pieces], dtype=torch.float64)
             found[name] = Score(weight, dict(zip(self.measures, rows.T, strict=True)))
         return found
 
-    def _predict(self, model: nn.Module, pieces: list[Tensor]) -> Tensor:
+    def _predict(self, model: nn.Module, pieces: list[Tensor], batch: tuple[str, int]) -> Tensor:
         """(pieces, 3) sums over tokens of -log p, KL divergence, and agreement of the first."""
         longest = max(piece.shape[1] for piece in pieces)
         # Padded on the right, where a causal model's earlier tokens do not look.
@@ -86,14 +89,22 @@ class LanguageJudge:
         lengths = torch.tensor([piece.shape[1] for piece in pieces])
         real = (torch.arange(1, longest) < lengths[:, None]).to(self.device)
         tokens = tokens.to(self.device)
-        ours, theirs = (
-            m(input_ids=tokens).logits[:, :-1].float().log_softmax(-1) for m in (model, self.model)
-        )
+        theirs = self.kept.get(batch)
+        if theirs is None:
+            theirs = _log_probabilities(self.model, tokens)
+            if theirs.is_cuda and torch.cuda.mem_get_info(theirs.device)[0] > LEFT_FREE:
+                self.kept[batch] = theirs
+        ours = _log_probabilities(model, tokens)
         nll = -ours.gather(-1, tokens[:, 1:, None]).squeeze(-1)
         kl = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
         top1 = ours.argmax(-1) == theirs.argmax(-1)
         sums = [(value.double() * real).sum(dim=1) for value in (nll, kl, top1)]
         return torch.stack(sums, dim=1).cpu()
+
+
+def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
+    """FP32 (rows, length - 1, vocabulary) of the tokens that follow."""
+    return model(input_ids=tokens).logits[:, :-1].float().log_softmax(-1)
 
 
 class EncoderJudge:
