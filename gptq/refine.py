@@ -17,28 +17,26 @@ RIDGE = 1e-5
 
 
 def refit_scales(
-    weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, hessian: Tensor
+    weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float
 ) -> Tensor:
     """For given codes the scales of least loss, per output: a linear system over its groups.
 
-    weight, codes: (k, n). scales: (groups, n). damped, hessian: (k, k), the moments that the system
-    and the verdict are made with: an output keeps its new scales only if under ``hessian`` and
-    rounded to FP16 they lose less. Returns (groups, n), values that FP16 holds.
+    weight, codes: (k, n). scales: (groups, n). damped: (k, k), H with ``shift`` added on its
+    diagonal, which the system is made with. The verdict is undamped: an output gets its new scales
+    only if they, rounded to FP16, lose less under H. Returns (groups, n), values that FP16 holds.
     """
     groups, n = scales.shape
     width = max(1, SYSTEM_NUMBERS // groups**2)
     return torch.cat(
         [
-            _refit(*(t[:, start : start + width] for t in (weight, codes, scales)), damped, hessian)
+            _refit(*(t[:, start : start + width] for t in (weight, codes, scales)), damped, shift)
             for start in range(0, n, width)
         ],
         dim=1,
     )
 
 
-def _refit(
-    weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, hessian: Tensor
-) -> Tensor:
+def _refit(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
     groups, n = scales.shape
     levels = (codes - grid.ZERO).view(groups, -1, n)
     group = levels.shape[1]
@@ -56,13 +54,14 @@ def _refit(
     fitted = torch.cholesky_solve(target.T.unsqueeze(2), factors).squeeze(2)
     usable = torch.isfinite(fitted) & ~empty & (failed == 0)[:, None]
     fitted = grid.round_scale(torch.where(usable, fitted, scales.T).T)
-    better = _losses(weight, levels, fitted, hessian) < _losses(weight, levels, scales, hessian)
-    return torch.where(better, fitted, scales)
+    before, after = (_losses(weight, levels, s, damped, shift) for s in (scales, fitted))
+    return torch.where(after < before, fitted, scales)
 
 
-def _losses(weight: Tensor, levels: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+def _losses(weight: Tensor, levels: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
+    """(n,) eᵀ H e of each output."""
     error = weight - (levels * scales[:, None]).flatten(0, 1)
-    return ((hessian @ error) * error).sum(dim=0)
+    return ((damped @ error - shift * error) * error).sum(dim=0)
 
 
 def sweep(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, block: int) -> Tensor:

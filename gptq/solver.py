@@ -131,17 +131,18 @@ def gptq(
     upper, damping = factor(hessian, damping)
     size = math.gcd(group, block)
     codes, scales = _round(weight, hessian, upper, group, size, metric, clip, full_range)
+    del upper
 
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
-    if not hessian.any():
-        damped.diagonal().fill_(1)
+    if refit or sweeps:
+        shift = damping * hessian.diagonal().mean().item() or 1.0
+        damped = hessian if order else hessian.clone()  # a copy already, and too large for two
+        damped.diagonal().add_(shift)
     for _ in range(sweeps):
         if refit:
-            scales = refine.refit_scales(weight, codes, scales, damped, hessian)
+            scales = refine.refit_scales(weight, codes, scales, damped, shift)
         codes = refine.sweep(weight, codes, scales, damped, size)
     if refit:
-        scales = refine.refit_scales(weight, codes, scales, damped, hessian)
+        scales = refine.refit_scales(weight, codes, scales, damped, shift)
     if order:
         codes, scales = restore(codes, scales, permutation)
     return Solution(codes.to(torch.uint8), scales.half(), damping)
@@ -157,13 +158,16 @@ def _round(
     clip: bool,
     full_range: bool,
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ's pass over all inputs in segments of ``size``: codes (k, n) and scales (groups, n)."""
+    """GPTQ's pass over all inputs in segments of ``size``: codes (k, n) and scales (groups, n).
+
+    ``upper`` is used up: scaling it in place saves a copy as large as H.
+    """
     k, n = weight.shape
     work = weight.clone()
     codes = torch.empty_like(work)
     scales = work.new_empty(k // group, n)
-    pivots = upper.diagonal()
-    coupling = upper / pivots[:, None]
+    pivots = upper.diagonal().clone()
+    coupling = upper.div_(pivots[:, None])
 
     def choose_scale(first: int) -> Tensor:
         rows = work[first : first + group]
@@ -181,7 +185,7 @@ def _round(
             if metric == "block":
                 blocks = [hessian[part, part] for part in parts]
             else:
-                blocks = [_conditional(upper[part, part]) for part in parts]
+                blocks = [_conditional(coupling[part, part] * pivots[part, None]) for part in parts]
             losses = grid.rounding_losses(rows, candidates, torch.stack(blocks))
         return grid.cheapest(candidates, losses)
 
@@ -257,7 +261,7 @@ def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
 
 
 def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
-    """``weight`` as FP32 (FP64 stays) and the number of inputs in a group."""
+    """``weight`` as contiguous FP32 (FP64 stays) and the number of inputs in a group."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected a floating (k, n) matrix, got {weight.dtype} {tuple(weight.shape)}"
@@ -268,4 +272,4 @@ def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
         raise ValueError(f"group_size: expected -1 or a divisor of k = {k}, got {group_size}")
     if not torch.isfinite(weight).all():
         raise ValueError("weight: expected finite values, got NaN or Inf")
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)), group
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous(), group
