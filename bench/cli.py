@@ -124,6 +124,17 @@ def add_quantize(commands) -> None:
     parser.set_defaults(module="quantize")
 
 
+def add_quality(commands) -> None:
+    parser = commands.add_parser("quality", help="what 4 bits cost real models, by method")
+    add_common(parser, quick="four rows per model, little text")
+    parser.add_argument("--models", type=names, metavar="MODEL,…",
+                        help="directories, hub ids or .gguf files (default: SmolLM2-135M-Instruct "
+                        "and all-MiniLM-L6-v2 if their packages are installed)")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="SECONDS",
+                        help="start no row after so long; the most telling come first")  # fmt: skip
+    parser.set_defaults(module="quality")
+
+
 def add_plot(commands) -> None:
     parser = commands.add_parser("plot", help="draw a gemm result: speed-up, percent of floor")
     parser.add_argument("results", type=Path, nargs="*", metavar="gemm.json",
@@ -136,7 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for add in (
-        add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_plot,
+        add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_quality,
+        add_plot,
     ):  # fmt: skip
         add(commands)
     return parser

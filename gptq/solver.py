@@ -5,8 +5,8 @@ make up for each rounding error as far as the inputs' second moments H say they 
 interact, so the weights of several layers that read one input may be laid side by side along n
 and solved together.
 
-    (H + λI)⁻¹ = Uᵀ U,  U upper triangular
-    input j:  q = round(w_j),  e = (w_j - q) / U_jj,  w_i -= U_ji · e  for every i > j
+    (H + λI)⁻¹ = Uᵀ U,  U upper triangular,  V = diag(U)⁻¹ U
+    input j:  q = round(w_j),  d = w_j - q,  w_i -= V_ji · d  for every i > j;  loss += (d / U_jj)²
 
 The updates of inputs beyond the current block are put off to one matrix product per block.
 """
@@ -17,12 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import grid
+from . import grid, refine
+from .columns import quantize_columns, trial_losses
+from .order import group_order, restore
 from .phases import phase
 
 BLOCK = 128  # inputs per lazy update; every group size in use divides it
 DAMPING = 0.01  # of the mean of H's diagonal
 MAX_DAMPING = 1.0  # beyond, what the data say drowns; time for other means
+SWEEPS = 3
+METRICS = ("block", "conditional", "diagonal", "trial")
+# The options under which ``gptq`` is the published algorithm.
+PUBLISHED = {"clip": False, "full_range": False, "order": False, "refit": False, "sweeps": 0}
 
 
 class FactorizationError(ArithmeticError):
@@ -55,20 +61,25 @@ class Solution:
         )
 
 
-def rtn(weight: Tensor, group_size: int, *, clip: bool = False) -> Solution:
-    """Round every weight to the nearest code under absmax scales, or clipped ones.
+def rtn(
+    weight: Tensor, group_size: int, *, clip: bool = False, full_range: bool = False
+) -> Solution:
+    """Round every weight to the nearest code; by default under absmax scales.
 
     weight: (k, n) floating. group_size: a divisor of k, or -1 for one group per output.
-    clip: search scales of least squared error in the weights.
+    clip, full_range: of ``grid.candidate_scales`` take those of least squared error.
     Raises ValueError for anything else.
     """
     weight, group = _checked(weight, group_size)
     groups = weight.unflatten(0, (-1, group))
-    if clip:
-        even = weight.new_ones(group, 1, 1)
-        scales = torch.stack([grid.search_scale(rows, even) for rows in groups])
-    else:
-        scales = grid.absmax_scale(groups)
+    candidates = grid.candidate_scales(groups, clip=clip, full_range=full_range)
+    scales = candidates[0]
+    if len(candidates) > 1:
+        even = weight.new_ones(group)
+        losses = [
+            grid.rounding_losses(groups[i], candidates[:, i], even) for i in range(len(groups))
+        ]
+        scales = grid.cheapest(candidates, torch.stack(losses, dim=1))
     codes = grid.encode(groups, scales[:, None]).flatten(0, 1)
     return Solution(codes.to(torch.uint8), scales.half())
 
@@ -79,51 +90,122 @@ def gptq(
     group_size: int,
     *,
     clip: bool = True,
+    metric: str = "trial",
+    full_range: bool = True,
+    order: bool = True,
+    refit: bool = True,
+    sweeps: int = SWEEPS,
     damping: float = DAMPING,
     block: int = BLOCK,
 ) -> Solution:
     """Round ``weight`` (k, n) so that its outputs change least under ``hessian`` (k, k).
 
     Computes in FP32, or in FP64 for an FP64 weight.
-    group_size: a divisor of k, or -1 for one group per output. clip: search each group's scale
-    (``grid.search_scale``) instead of taking the absmax. damping: λ relative to mean(diag(H)),
-    raised as far as the factorization needs it; the value used is in the result.
+    group_size: a divisor of k, or -1 for one group per output. damping: λ relative to
+    mean(diag(H)), raised as far as the factorization needs it; the value used is in the result.
+    block: inputs per lazy update. The rest are switches, ``PUBLISHED`` turns them off:
+
+    clip: search each group's scale instead of taking the absmax. full_range: try negative scales
+    too. metric: by what loss a scale is chosen; with e the error of rounding the group to nearest,
+        "block"        eᵀ H_gg e, what the group alone does
+        "conditional"  eᵀ (U_ggᵀ U_gg)⁻¹ e, what is left once later inputs make up for it
+        "diagonal"     Σ (e_j / U_jj)², the same if later inputs of the group do, too
+        "trial"        what the column loop really loses under that scale
+    (in groups longer than ``block``, which are searched before they are rounded, "block" and
+    "conditional" take blocks on the diagonal, "trial" is "diagonal").
+    order: round inputs that matter most first (``group_order``). refit, sweeps: ``sweeps`` times
+    fit scales to codes, then codes to scales, and scales once more (``refine``).
     Inputs that never saw data (zero rows of H) are simply rounded.
     Raises ValueError on shapes that do not fit and on values that are NaN or infinite.
     """
     weight, group = _checked(weight, group_size)
-    k, n = weight.shape
+    k = len(weight)
     if hessian.shape != (k, k):
         raise ValueError(f"hessian: expected ({k}, {k}), got {tuple(hessian.shape)}")
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     hessian = hessian.to(weight.dtype)
+    if order:
+        permutation = group_order(hessian.diagonal(), group)
+        weight, hessian = weight[permutation], hessian[permutation][:, permutation]
     upper, damping = factor(hessian, damping)
+    size = math.gcd(group, block)
+    codes, scales = _round(weight, hessian, upper, group, size, metric, clip, full_range)
+    del upper
 
+    if refit or sweeps:
+        shift = damping * hessian.diagonal().mean().item() or 1.0
+        damped = hessian if order else hessian.clone()  # a copy already, and too large for two
+        damped.diagonal().add_(shift)
+    for _ in range(sweeps):
+        if refit:
+            scales = refine.refit_scales(weight, codes, scales, damped, shift)
+        codes = refine.sweep(weight, codes, scales, damped, size)
+    if refit:
+        scales = refine.refit_scales(weight, codes, scales, damped, shift)
+    if order:
+        codes, scales = restore(codes, scales, permutation)
+    return Solution(codes.to(torch.uint8), scales.half(), damping)
+
+
+def _round(
+    weight: Tensor,
+    hessian: Tensor,
+    upper: Tensor,
+    group: int,
+    size: int,
+    metric: str,
+    clip: bool,
+    full_range: bool,
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's pass over all inputs in segments of ``size``: codes (k, n) and scales (groups, n).
+
+    ``upper`` is used up: scaling it in place saves a copy as large as H.
+    """
+    k, n = weight.shape
     work = weight.clone()
     codes = torch.empty_like(work)
     scales = work.new_empty(k // group, n)
-
-    # A group is weighed by its own part of H, a long one by the blocks on that part's diagonal.
-    size = math.gcd(group, block)
+    pivots = upper.diagonal().clone()
+    coupling = upper.div_(pivots[:, None])
 
     def choose_scale(first: int) -> Tensor:
         rows = work[first : first + group]
-        if not clip:
-            return grid.absmax_scale(rows)
-        parts = [slice(i, i + size) for i in range(first, first + group, size)]
-        return grid.search_scale(rows, torch.stack([hessian[part, part] for part in parts]))
+        candidates = grid.candidate_scales(rows, clip=clip, full_range=full_range)
+        if len(candidates) == 1:
+            return candidates[0]
+        inside = slice(first, first + group)
+        weights = pivots[inside].square().reciprocal()
+        if metric == "trial" and group == size:
+            losses = trial_losses(rows, coupling[inside, inside], weights, candidates)
+        elif metric in ("trial", "diagonal"):
+            losses = grid.rounding_losses(rows, candidates, weights)
+        else:
+            parts = [slice(i, i + size) for i in range(first, first + group, size)]
+            if metric == "block":
+                blocks = [hessian[part, part] for part in parts]
+            else:
+                blocks = [_conditional(coupling[part, part] * pivots[part, None]) for part in parts]
+            losses = grid.rounding_losses(rows, candidates, torch.stack(blocks))
+        return grid.cheapest(candidates, losses)
 
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        errors = work.new_empty(stop - start, n)
-        for j in range(start, stop):
-            index, offset = divmod(j, group)
-            if offset == 0:
-                scales[index] = choose_scale(j)
-            codes[j] = grid.encode(work[j], scales[index])
-            errors[j - start] = (work[j] - grid.decode(codes[j], scales[index])) / upper[j, j]
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return Solution(codes.to(torch.uint8), scales.half(), damping)
+    for start in range(0, k, size):
+        stop = start + size
+        index, offset = divmod(start, group)
+        if offset == 0:
+            scales[index] = choose_scale(start)
+        codes[start:stop], moved = quantize_columns(
+            work[start:stop], coupling[start:stop, start:stop], scales[index]
+        )
+        work[stop:].addmm_(coupling[start:stop, stop:].T, moved, alpha=-1)
+    return codes, scales
+
+
+def _conditional(upper: Tensor) -> Tensor:
+    """(UᵀU)⁻¹ of a block of U: its part of H given that later inputs make up for the error."""
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse @ inverse.T
 
 
 def factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:
@@ -179,7 +261,7 @@ def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
 
 
 def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
-    """``weight`` as FP32 (FP64 stays) and the number of inputs in a group."""
+    """``weight`` as contiguous FP32 (FP64 stays) and the number of inputs in a group."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected a floating (k, n) matrix, got {weight.dtype} {tuple(weight.shape)}"
@@ -190,4 +272,4 @@ def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
         raise ValueError(f"group_size: expected -1 or a divisor of k = {k}, got {group_size}")
     if not torch.isfinite(weight).all():
         raise ValueError("weight: expected finite values, got NaN or Inf")
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)), group
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous(), group

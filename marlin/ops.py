@@ -68,7 +68,7 @@ def _refuse_cuda(name: str):
 
 
 OPERATORS = ("mul", "mul.out", "mul_inference", "pack", "unpack", "pack_scales", "unpack_scales",
-             "dequantize")  # fmt: skip
+             "dequantize", "quantize_columns", "trial_losses")  # fmt: skip
 if _why_no_cuda is not None:
     for _name in OPERATORS:
         torch.library.impl(f"marlin::{_name}", "CUDA", _refuse_cuda(_name))
@@ -123,6 +123,16 @@ def _fake_unpack_scales(s):
 @torch.library.register_fake("marlin::dequantize")
 def _fake_dequantize(b, s, dtype=None, zeros=None, weight_type=None):
     return b.new_empty((b.shape[0] * TILE_ROWS, b.shape[1] // 2), dtype=dtype or s.dtype)
+
+
+@torch.library.register_fake("marlin::quantize_columns")
+def _fake_quantize_columns(work, coupling, scale, current=None):
+    return torch.empty_like(work), torch.empty_like(work)
+
+
+@torch.library.register_fake("marlin::trial_losses")
+def _fake_trial_losses(work, coupling, weights, scales):
+    return torch.empty_like(scales)
 
 
 # The gradient: Y = a · W + bias is linear, and W is frozen.
@@ -237,3 +247,19 @@ def dequantize(
     ``zeros`` and ``weight_type`` are `matmul`'s: without zeros, all are 8.
     """
     return _ops.dequantize.default(b, s, dtype, zeros, weight_type)
+
+
+def quantize_columns(
+    work: Tensor, coupling: Tensor, scale: Tensor, current: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's column loop over a segment, one fused kernel: see ``gptq.columns``, which explains it.
+
+    work: float32 (rows ≤ 128, n), contiguous. coupling: (rows, rows). scale: (n,). current: like
+    work, or None. Returns (codes, moved), float32 (rows, n) each.
+    """
+    return _ops.quantize_columns.default(work, coupling, scale, current)
+
+
+def trial_losses(work: Tensor, coupling: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """What that loop would lose under each of ``scales`` (candidates, n): float32 of that shape."""
+    return _ops.trial_losses.default(work, coupling, weights, scales)

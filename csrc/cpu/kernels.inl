@@ -175,7 +175,10 @@ void multiply_strip(const PackedWeight& weight, int64_t strip, const float* x, i
   }
 }
 
-constexpr Kernels kKernels{Isa::kName, dequantize, multiply_strip};
+#include "cpu/columns.inl"
+
+constexpr Kernels kKernels{Isa::kName, Isa::kLanes, dequantize, multiply_strip, quantize_columns,
+                           trial_losses};
 
 }  // namespace
 }  // namespace marlin::cpu

@@ -1,6 +1,4 @@
 // The operators on CUDA: checks, device, stream, launch.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch/counters.h"
@@ -11,31 +9,10 @@
 #include "format/weight_words.h"
 #include "kernel/launch.h"
 #include "torch/checks.h"
+#include "torch/cuda_scope.h"
 
 namespace marlin::ops {
 namespace {
-
-// Makes a tensor's device current for the scope and knows the stream to launch on.
-class DeviceScope {
- public:
-  explicit DeviceScope(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
-  }
-
-  int index() const { return index_; }
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
-
- private:
-  int index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess)
-    fail(op, "launch", "a kernel that starts",
-         join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
-}
 
 void check_device(const char* op, int index) {
   const Device& gpu = device(index);

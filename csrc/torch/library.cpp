@@ -17,6 +17,12 @@ STABLE_TORCH_LIBRARY(marlin, m) {
       "mul_inference(Tensor a, Tensor b, Tensor s, Tensor? bias=None, str? config=None, "
       "Tensor? zeros=None, str? weight_type=None) -> Tensor");
 
+  // The quantizer's column loop (core/columns.h); codes and moved are FP32 like work.
+  m.def(
+      "quantize_columns(Tensor work, Tensor coupling, Tensor scale, Tensor? current=None) -> "
+      "(Tensor codes, Tensor moved)");
+  m.def("trial_losses(Tensor work, Tensor coupling, Tensor weights, Tensor scales) -> Tensor");
+
   m.def("pack(Tensor codes) -> Tensor");
   m.def("unpack(Tensor b) -> Tensor");
   m.def("pack_scales(Tensor scales) -> Tensor");
