@@ -135,6 +135,16 @@ def add_quality(commands) -> None:
     parser.set_defaults(module="quality")
 
 
+def add_tune(commands) -> None:
+    parser = commands.add_parser("tune", help="find the fastest sm_90 configurations")
+    add_common(parser, quick="two batch sizes")
+    parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
+    parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
+    parser.add_argument("--write", nargs="?", const="csrc/dispatch/sm90_table.inl", metavar="FILE",
+                        help="write the selection table, by default where it belongs")  # fmt: skip
+    parser.set_defaults(module="tune")
+
+
 def add_plot(commands) -> None:
     parser = commands.add_parser("plot", help="draw a gemm result: speed-up, percent of floor")
     parser.add_argument("results", type=Path, nargs="*", metavar="gemm.json",
@@ -148,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for add in (
         add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_quality,
-        add_plot,
+        add_tune, add_plot,
     ):  # fmt: skip
         add(commands)
     return parser

@@ -159,7 +159,7 @@ Problem make_problem(int64_t m, int64_t n, int64_t k, int64_t group_size) {
 // The kernel configurations: name -> engine, and what a CTA is.
 py::dict kernel_shapes() {
   py::dict shapes;
-  auto add = [&](const KernelConfig& config, const char* engine, int threads) {
+  auto add = [&](const KernelConfig& config, const char* engine, int threads, int ctas) {
     const TileShape tile = tile_shape(config);
     py::dict entry;
     entry["engine"] = engine;
@@ -167,13 +167,14 @@ py::dict kernel_shapes() {
     entry["columns"] = tile.columns;
     entry["depth"] = tile.depth;
     entry["threads"] = threads;
+    entry["ctas"] = ctas;  // per SM
     entry["shared_bytes"] = shared_bytes(config);
     shapes[py::str(std::string(shape_name(config)))] = entry;
   };
   for (size_t i = 0; i < kSm80Shapes.size(); ++i)
-    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads());
+    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads(), 1);
   for (size_t i = 0; i < kSm90Shapes.size(); ++i)
-    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads());
+    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads(), kSm90Shapes[i].shape.ctas);
   return shapes;
 }
 

@@ -41,27 +41,26 @@ struct Partition {
   int64_t slices;
   int depth;  // tiles per slice
   int runs;
-  int64_t short_run;  // tiles of a run; the first `longer_runs` have one more
-  int longer_runs;
+  int64_t run_tiles;  // of every run, before what is left is shared out
+  int left;
 
   constexpr Partition(int64_t slices, int depth, int runs)
       : slices(slices),
         depth(depth),
         runs(runs),
-        short_run(slices * depth / runs),
-        longer_runs(static_cast<int>(slices * depth % runs)) {}
+        run_tiles(slices * depth / runs),
+        left(static_cast<int>(slices * depth % runs)) {}
 
   constexpr int64_t tiles() const { return slices * depth; }
+
+  // tiles() · run / runs, rounded down.
   constexpr int64_t run_begin(int run) const {
-    return run * short_run + (run < longer_runs ? run : longer_runs);
+    return run * run_tiles + quotient(int64_t{run} * left, runs);
   }
 
-  // The run that holds a tile of the line.
+  // The run that holds a tile of the line: the last one that begins at or before it.
   constexpr int run_of(int64_t tile) const {
-    const int64_t in_longer_runs = longer_runs * (short_run + 1);
-    return static_cast<int>(tile < in_longer_runs
-                                ? quotient(tile, short_run + 1)
-                                : longer_runs + quotient(tile - in_longer_runs, short_run));
+    return static_cast<int>(quotient((tile + 1) * runs - 1, tiles()));
   }
 
   constexpr Sharing sharing(int run, int64_t slice) const {

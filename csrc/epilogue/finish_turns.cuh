@@ -31,13 +31,18 @@ struct SumsPlace {
   int pair;
 };
 
+// Named barriers: one for each team, and one for all consumers.
+inline constexpr int kTeamBarrier = 1;
+inline constexpr int kConsumersBarrier = 4;
+
 // Waits for the threads of a team.
-template <Sm90Shape kShape>
+template <Sm90Shape kShape, int kTeam = 0>
 __device__ void team_barrier(int team) {
-  constexpr int kThreads = 128 * kShape.consumers() / kShape.teams();
-  static_assert(kShape.teams() <= 2);
-  if (kShape.teams() == 1 || team == 0) ptx::barrier_sync<1, kThreads>();
-  else ptx::barrier_sync<2, kThreads>();
+  static_assert(kTeamBarrier + kShape.teams() <= kConsumersBarrier);
+  if constexpr (kTeam + 1 < kShape.teams()) {
+    if (team != kTeam) return team_barrier<kShape, kTeam + 1>(team);
+  }
+  ptx::barrier_sync<kTeamBarrier + kTeam, 128 * kShape.consumers() / kShape.teams()>();
 }
 
 template <Sm90Shape kShape>
@@ -168,7 +173,7 @@ __device__ bool add_partner(Sums<kBatches, kCount>& sums, const SumsPlace& place
     if (place.thread == 0) ptx::mbarrier_arrive_remote(heard, partner);
     return true;
   }
-  ptx::barrier_sync<3, 128 * kShape.consumers()>();  // all teams are done with the ring
+  ptx::barrier_sync<kConsumersBarrier, 128 * kShape.consumers()>();  // all teams are done with the ring
   for_each_four(sums, rows_left,
                 [&](int i, float4& four) { fours[i * 128 + place.thread] = four; });
   team_barrier<kShape>(place.team);

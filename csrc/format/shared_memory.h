@@ -49,7 +49,7 @@ struct Sm90Shared {
   static constexpr int kCopies = kShape.sets * kShape.parts();
   static constexpr int kTeamColumns = kShape.columns / kShape.teams();
   // Finished rows take turns; as many as leave room for the stages.
-  static constexpr int kTurnRows = kShape.rows == 256 || kShape.sets > 2 ? 8
+  static constexpr int kTurnRows = kShape.sets > 2 ? 8
                                    : kShape.rows < 16                   ? kShape.rows
                                                                         : 16;
 

@@ -120,7 +120,7 @@ class WgmmaConsumer {
   // Rows of tiles that share a scale, at most a stage.
   static constexpr int kGroupTiles =
       kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1) : kTiles;
-  static constexpr int kPending = kCount > 2 ? kCount : 2 * kCount;  // products under way
+  static constexpr int kPending = kShape.rows > 64 ? 2 * kCount : 4 * kCount / (kCount > 2 ? 2 : 1);
 
  public:
   Sums<kBatches, kCount> sums;
@@ -294,7 +294,7 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
 template <Sm90Shape kShape>
 struct Registers {
   static constexpr int kLaunched = 65536 / kShape.ctas / kShape.threads() / 8 * 8;
-  static constexpr int kFeed = kShape.ctas == 1 ? 56 : 40;
+  static constexpr int kFeed = kShape.ctas == 1 ? 56 : 48;
   static constexpr int kSpare = (kLaunched - kFeed) / kShape.consumers() / 8 * 8;
   static constexpr int kConsume = kLaunched + kSpare < 240 ? kLaunched + kSpare : 240;
 };

@@ -146,24 +146,30 @@ __device__ void feed_activations_and_scales(Sm90Shared<kShape>& shared, const La
 template <Sm90Shape kShape>
 __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& params, int run,
                            int part) {
-  constexpr int kMine = Sm90Shared<kShape>::kTiles / kWordWarps;  // rows of tiles of a whole stage
-  const int64_t pitch = words_in_tile_row(params.gemm.n) * kWordWarps;
-  const uint32_t* next = nullptr;  // piece, if the tile is the one after the last
-  int last_tile = -1, bytes = 0;
+  constexpr int kTiles = Sm90Shared<kShape>::kTiles;
+  const int64_t pitch = words_in_tile_row(params.gemm.n);
+  const uint32_t* first = nullptr;
+  int bytes = 0;
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
-    int mine = kMine;
-    if (tile != last_tile + 1 || tile == 0 || tile + 1 == params.partition.depth) {
+    auto copy_row = [&](int row) {
+      ptx::bulk_copy(shared.words[slot][row], first + row * pitch, bytes, &shared.full[slot]);
+    };
+    const bool last = tile + 1 == params.partition.depth;
+    if (bytes == 0 || tile == 0 || last) {  // else the stage lies below the one before
       const WordPieces<kShape> pieces(params.gemm, slice.strip, tile);
-      next = pieces.first + part * pieces.pitch;
+      first = pieces.first;
       bytes = pieces.bytes;
-      mine = (pieces.rows - part + kWordWarps - 1) / kWordWarps;
+      if (last) {
+        const int mine = (pieces.rows - part + kWordWarps - 1) / kWordWarps;
+        ptx::mbarrier_arrive_expect(&shared.full[slot], mine * bytes);
+        for (int row = part; row < pieces.rows; row += kWordWarps) copy_row(row);
+        return;
+      }
     }
-    last_tile = tile;
-    ptx::mbarrier_arrive_expect(&shared.full[slot], mine * bytes);
-#pragma unroll
-    for (int i = 0; i < kMine; ++i, next += pitch)
-      if (i < mine)
-        ptx::bulk_copy(shared.words[slot][part + i * kWordWarps], next, bytes, &shared.full[slot]);
+    ptx::mbarrier_arrive_expect(&shared.full[slot], kTiles / kWordWarps * bytes);
+#pragma unroll 4
+    for (int row = part; row < kTiles; row += kWordWarps) copy_row(row);
+    first += kTiles * pitch;
   });
 }
 

@@ -1,6 +1,6 @@
 #include "kernel/sm90_launch.cuh"
 
 namespace marlin {
-template cudaError_t launch_sm90_shape<sm90_index("h16x256x128x3")>(const LaunchParams&, const CUtensorMap&,
+template cudaError_t launch_sm90_shape<sm90_index("h48x128x128x2")>(const LaunchParams&, const CUtensorMap&,
                                                              Dtype, int, cudaStream_t);
 }  // namespace marlin
