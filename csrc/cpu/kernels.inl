@@ -177,8 +177,8 @@ void multiply_strip(const PackedWeight& weight, int64_t strip, const float* x, i
 
 #include "cpu/columns.inl"
 
-constexpr Kernels kKernels{Isa::kName, Isa::kLanes, dequantize, multiply_strip, quantize_columns,
-                           trial_losses};
+constexpr Kernels kKernels{Isa::kName,     Isa::kLanes,      dequantize,
+                           multiply_strip, quantize_columns, trial_losses};
 
 }  // namespace
 }  // namespace marlin::cpu
