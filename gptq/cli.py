@@ -1,4 +1,4 @@
-"""The commands: ``python -m gptq quantize`` and ``python -m gptq eval``."""
+"""The commands ``marlin quantize`` and ``marlin eval``, also as ``python -m gptq``."""
 
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gptq",
+        prog="marlin",  # which runs this
         description="Quantize language models to 4 bits for Marlin, and measure what it costs.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -82,7 +82,7 @@ def add_quantize(commands) -> None:
         "quantize",
         help="write a Marlin checkpoint of a model",
         description=run_quantize.__doc__,
-        epilog="Example: python -m gptq quantize meta-llama/Llama-3.1-8B --out llama-4bit",
+        epilog="Example: marlin quantize meta-llama/Llama-3.1-8B --out llama-4bit",
     )
     parser.set_defaults(run=run_quantize)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)

@@ -260,7 +260,7 @@ def quantize(
 ) -> list[str]:
     """Rounds every dense layer of a model to 4 bits, in place, without calibration.
 
-    Quick, and a baseline for `python -m gptq quantize`, which loses less.
+    Quick, and a baseline for `marlin quantize`, which loses less.
 
     Args:
         model: anything with `nn.Linear` or `Conv1D` layers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,24 +26,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be what it says it is."""
-
-
-def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size) -> None:
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for filename, names in split.filename_to_tensors.items():
-        shard, storages = {}, set()
-        for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if (storage := tensor.untyped_storage().data_ptr()) in storages:
-                tensor = tensor.clone()  # a file cannot hold two views of one storage
-            storages.add(storage)
-            shard[name] = tensor
-        save_file(shard, directory / filename, metadata={"format": "pt"})
-        # safetensors keeps its files to their owner; a checkpoint is like any other file.
-        (directory / filename).chmod((directory / "config.json").stat().st_mode)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 class ShardWriter:
@@ -106,6 +88,22 @@ class ShardWriter:
             metadata = {"total_size": sum(self.sizes.values())}
             index = {"metadata": metadata, "weight_map": weight_map}
             (self.stage / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_shards(tensors: dict[str, torch.Tensor], stage: Path, max_shard_size: int | str) -> None:
+    """All of a model's tensors beside its config.json. max_shard_size: bytes, or "5GB" say."""
+    with ShardWriter(stage, parse_size(max_shard_size)) as shards:
+        for name, tensor in tensors.items():
+            shards.add(name, tensor.detach())
+        shards.finish()
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes. Raises ValueError for what is neither a number of them nor like "5GB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).upper())
+    if not found or not (count := int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))):
+        raise ValueError(f"max_shard_size: expected bytes, or a text like '5GB', got {size!r}")
+    return count
 
 
 @contextlib.contextmanager

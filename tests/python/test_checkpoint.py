@@ -348,6 +348,20 @@ def fail_at(call, function):
     return wrapped
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("7", 7), (2**33, 2**33)]
+)
+def test_sizes_of_shards(size, expected):
+    assert shards.parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1", "5 GiB", 0, "much"])
+def test_sizes_that_are_none(size, tmp_path):
+    with pytest.raises(ValueError, match="max_shard_size"):
+        save_pretrained(make(), tmp_path / "model", max_shard_size=size)
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("where", [(shards, "save_file"), (Path, "rename")])
 def test_an_interrupted_save_destroys_nothing(where, damaged, monkeypatch):
     before = contents(damaged)
