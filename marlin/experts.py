@@ -33,6 +33,7 @@ class LinearExperts(nn.Module):
                 setattr(self, name, value)
         for name, child in fused.named_children():  # the activation
             self.add_module(name, child)
+        self.fused_class = type(fused)
         self.gate = type(fused)._apply_gate if fused.has_gate else type(self)._activate
         self.up_name = up_name(fused)
         for index in range(fused.num_experts):
@@ -92,6 +93,30 @@ def take_apart(model: nn.Module, names: Collection[str] | None = None) -> list[s
     for name in found:
         model.set_submodule(name, LinearExperts(model.get_submodule(name)))
     return found
+
+
+def put_together(model: nn.Module) -> None:
+    """The inverse of ``take_apart``, for experts whose layers are all dense."""
+    found = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+    for name in found:
+        apart = model.get_submodule(name)
+        parts = {
+            part: [apart[index].get_submodule(part) for index in range(apart.num_experts)]
+            for part in (apart.up_name, DOWN)
+        }
+        if not all(type(linear) is nn.Linear for linears in parts.values() for linear in linears):
+            continue
+        with torch.device("meta"):
+            fused = apart.fused_class(apart.config)
+        for part, linears in parts.items():
+            weight = torch.stack([linear.weight.data for linear in linears])
+            if fused.is_transposed:
+                weight = weight.transpose(1, 2).contiguous()
+            setattr(fused, part, nn.Parameter(weight))
+            if fused.has_bias:
+                bias = torch.stack([linear.bias.data for linear in linears])
+                setattr(fused, f"{part}_bias", nn.Parameter(bias))
+        model.set_submodule(name, fused.train(apart.training))
 
 
 def _linear(fused: nn.Module, part: str, index: int) -> nn.Linear:

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from marlin import ops
 from marlin.checkpoint import FORMAT_VERSION, check_quantization, describe_layers
+from marlin.experts import put_together
 from marlin.info import describe_gpu, why_no_gpu
 from marlin.integrations.foreign import ReadPacked
 from marlin.integrations.headers import read_headers
@@ -145,6 +146,7 @@ class MarlinQuantizer(HfQuantizer):
         for name, layer in marlin_layers(model).items():
             transposed = name.removesuffix(".base_layer") in self.transposed  # under an adapter
             replace_module(model, name, dense(layer, transposed, dtype))
+        put_together(model)  # as transformers has experts, else it could not load what it saves
         return model
 
 

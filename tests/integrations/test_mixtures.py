@@ -48,3 +48,12 @@ def test_other_formats(format, model, directory, tmp_path):
     )
     assert_same(loaded, model)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_dequantized_they_are_as_transformers_has_them(directory, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(directory)
+    dense.dequantize()
+    dense.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in dict(again.named_parameters())
+    assert torch.equal(logits(again), logits(dense))

@@ -7,7 +7,7 @@ t = pytest.importorskip("transformers")
 
 import marlin  # noqa: E402
 from marlin.convert import convert  # noqa: E402
-from marlin.experts import LinearExperts, is_fused, take_apart  # noqa: E402
+from marlin.experts import LinearExperts, is_fused, put_together, take_apart  # noqa: E402
 
 COMMON = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,6 +71,29 @@ def test_same_result_taken_apart(name):
     assert len(found) == (1 if name == "nemotron_h" else 2)
     assert all(isinstance(model.get_submodule(name), LinearExperts) for name in found)
     assert take_apart(model) == []
+
+
+@pytest.mark.parametrize("name", sorted(BUILD))
+def test_put_together_again(name):
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    take_apart(model)
+    put_together(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, build(name)(input_ids=ids).logits)
+
+
+def test_packed_experts_stay_apart():
+    model = build("mixtral")
+    take_apart(model)
+    marlin.quantize(model.model.layers[1].mlp, group_size=32)
+    put_together(model)
+    assert is_fused(model.model.layers[0].mlp.experts)
+    assert isinstance(model.model.layers[1].mlp.experts, LinearExperts)
 
 
 def test_weights_are_views_under_names_of_their_own():
