@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test demo lint format bench sanitize clean
+.PHONY: help setup test fuzz demo lint format bench sanitize clean
 
 BASE_PYTHON ?= python3
 CXX ?= g++
@@ -33,6 +33,7 @@ fail = { echo "marlin: $(1)" >&2; exit 1; }
 
 help:
 	@echo 'make test       build, then run the tests                  ARGS="-k layer" narrows'
+	@echo 'make fuzz       20,000 random problems on a GPU            EXAMPLES=... takes another number'
 	@echo 'make demo       quantize, reload and compare a real model  MODEL=... takes another'
 	@echo 'make lint       check style: ruff, clang-format'
 	@echo 'make format     mend it'
@@ -49,6 +50,10 @@ setup: $(ENVIRONMENT)
 
 test: setup
 	$(PY) -m pytest $(ARGS)
+
+fuzz: setup
+	MARLIN_EXAMPLES=$(or $(EXAMPLES),20000) MARLIN_SEED=$${MARLIN_SEED:-$$RANDOM} MARLIN_REQUIRE_GPU=1 \
+	  $(PY) -m pytest -s -k cuda tests/engine/test_random_problems.py $(ARGS)
 
 demo: setup
 	$(PY) -m demo $(if $(MODEL),--model $(MODEL)) $(ARGS)

@@ -91,10 +91,48 @@ def add_pack(commands) -> None:
     parser.set_defaults(module="pack")
 
 
+def add_convert(commands) -> None:
+    parser = commands.add_parser("convert", help="seconds and memory of converting a checkpoint")
+    add_common(parser, quick="two decoder blocks instead of 32")
+    parser.add_argument("--dir", type=Path, metavar="DIR",
+                        help="for 8 GB of temporary files")  # fmt: skip
+    parser.set_defaults(module="convert")
+
+
 def add_call(commands) -> None:
     parser = commands.add_parser("call", help="host time of an eager call against F.linear")
     add_common(parser, quick="fewer repeats")
     parser.set_defaults(module="call")
+
+
+def add_quantize(commands) -> None:
+    parser = commands.add_parser("quantize", help="seconds and memory that GPTQ takes, by phase")
+    add_common(parser, quick="two layers of each, an eighth of the tokens")
+    parser.add_argument("--models", type=names, metavar="NAME,…",
+                        help="shapes, with random weights: Llama-3-8B, Llama-3-70B (default: "
+                        "these), SmolLM2-135M, tiny")  # fmt: skip
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help="how many are run, the rest is extrapolated (default: all; of "
+                        "Llama-3-70B 4)")  # fmt: skip
+    parser.add_argument("--tokens", type=int, help="of calibration (default: 128 x 2048)")
+    parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES)
+    parser.add_argument("--memory", type=float, metavar="GB",
+                        help="of the GPU, and no more (default: 25 for Llama-3-70B)")  # fmt: skip
+    parser.add_argument("--dir", metavar="DIR",
+                        help="where checkpoints lie for a while (default: /tmp)")  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="a line for each linear")
+    parser.set_defaults(module="quantize")
+
+
+def add_quality(commands) -> None:
+    parser = commands.add_parser("quality", help="what 4 bits cost real models, by method")
+    add_common(parser, quick="four rows per model, little text")
+    parser.add_argument("--models", type=names, metavar="MODEL,…",
+                        help="directories, hub ids or .gguf files (default: SmolLM2-135M-Instruct "
+                        "and all-MiniLM-L6-v2 if their packages are installed)")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="SECONDS",
+                        help="start no row after so long; the most telling come first")  # fmt: skip
+    parser.set_defaults(module="quality")
 
 
 def add_tune(commands) -> None:
@@ -118,7 +156,10 @@ def add_plot(commands) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    for add in (add_gemm, add_layer, add_cpu, add_pack, add_call, add_tune, add_plot):
+    for add in (
+        add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_quality,
+        add_tune, add_plot,
+    ):  # fmt: skip
         add(commands)
     return parser
 

@@ -148,11 +148,17 @@ def plan_build(root: Path) -> BuildPlan:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
     link_torch = [f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    border = ["csrc/torch/checks.cpp", "csrc/torch/tensors.cpp"]
+    border = ["csrc/torch/checks.cpp", "csrc/torch/columns.cpp", "csrc/torch/tensors.cpp"]
     libraries = [
         Library(
             "_ops",
-            ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", *border, *CPU_SOURCES],
+            [
+                "csrc/torch/library.cpp",
+                "csrc/torch/cpu_ops.cpp",
+                "csrc/torch/cpu_columns.cpp",
+                *border,
+                *CPU_SOURCES,
+            ],
             torch_flags,
             link_torch,
         ),
@@ -173,13 +179,13 @@ def plan_build(root: Path) -> BuildPlan:
         with_sm90 = SM90_ARCH in (arch.strip() for arch in archs.split(";"))
         if not with_sm90:
             sources = [source for source in sources if not is_sm90(source)]
+        defines = ["-DUSE_CUDA", *(["-DMARLIN_SM90"] if with_sm90 else [])]
         runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         libraries.append(
             Library(
                 "_ops_cuda",
-                ["csrc/torch/cuda_ops.cpp", *border, *sources],
-                [*torch_flags, "-DUSE_CUDA", f"-isystem{cuda_home / 'include'}",
-                 *(["-DMARLIN_SM90"] if with_sm90 else [])],  # fmt: skip
+                ["csrc/torch/cuda_ops.cpp", "csrc/torch/cuda_columns.cpp", *border, *sources],
+                [*torch_flags, *defines, f"-isystem{cuda_home / 'include'}"],
                 [*link_torch, "-ltorch_cuda", f"-L{cuda_home / 'lib64'}", *runtime],
             )
         )

@@ -55,7 +55,7 @@ def largest_group_size(model: str) -> int:
 def quantize(settings: Settings, method: str) -> tuple[dict, bool]:
     """Write the Marlin checkpoint ``out/METHOD``; returns its report with the bytes on disk."""
     folder = settings.out / method
-    arguments = ["--group-size", settings.group_size, "--method", method]
+    arguments = ["--group-size", settings.group_size, "--method", method, "--restart"]
     if method == "gptq":
         arguments += ["--nsamples", settings.nsamples, "--seqlen", settings.seqlen]
 

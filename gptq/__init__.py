@@ -5,7 +5,16 @@ grid         the 4-bit grid and the search for scales    (tensors only)
 solver       GPTQ and round-to-nearest                   (tensors only)
 calibration  text to samples
 plan         which layers get quantized
+record       what a model hands its layers
+visit        modules on a device for a while
+collect      Hessians of one layer's linears
+travellers   the samples on their way through the layers
+robust       a solution for every layer, whatever happens
 walk         one decoder layer at a time through a model
+resume       finished layers of an unfinished run
+run          all of it, from a model to Marlin layers
+report       how it went
+phases       where the seconds went
 export       models in, Marlin checkpoints out
 evaluate     negative log-likelihood and perplexity
 cli          the commands

@@ -4,6 +4,7 @@ A source is a list of documents. Each document is cut into samples of at most ``
 keeps its own end, so samples have their natural lengths: nothing is glued together or padded.
 """
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,10 @@ from torch import Tensor
 BUILTIN = "pydoc"
 # Shorter samples say little and start with the odd activations of a first token.
 SHORTEST_SAMPLE = 16
+# Enough for the second moments of k inputs to be well known, and no more than 128 × 2048: beyond,
+# seconds grow and losses hardly fall.
+TOKENS_PER_INPUT = 50
+MOST_TOKENS = 128 * 2048
 # Every so many topics of Python's reference, in alphabetical order, one is held out.
 HOLD_OUT_EVERY = 4
 
@@ -56,24 +61,50 @@ def read_documents(source: str) -> list[str]:
 
 
 def samples(
-    documents: list[str], tokenizer, nsamples: int, seqlen: int, seed: int = 0
+    documents: list[str],
+    tokenizer,
+    nsamples: int | None,
+    seqlen: int,
+    seed: int = 0,
+    *,
+    tokens: int | None = None,
 ) -> list[Tensor]:
-    """Cut documents into samples, shuffle, keep ``nsamples``: a list of int64 (1, length).
+    """Cut documents into samples, shuffle, keep some: a list of int64 (1, length).
 
     tokenizer: any Hugging Face tokenizer; the special tokens it puts around a text go around every
-    sample. Fewer samples come back when the text has no more; a text too short for one sample
-    raises ValueError.
+    sample. nsamples, tokens: as many samples, or as hold that many tokens, whichever is reached
+    first; None for no limit. Fewer come back when the text has no more; a text too short for one
+    sample raises ValueError.
     """
     pieces = [piece for text in documents for piece in windows(text, tokenizer, seqlen)]
     shortest = min(SHORTEST_SAMPLE, seqlen)
-    kept = [piece for piece in pieces if piece.shape[1] >= shortest]
-    if not kept:
+    fitting = [piece for piece in pieces if piece.shape[1] >= shortest]
+    if not fitting:
         raise ValueError(
             f"calibration: expected at least {shortest} tokens in one document, "
             f"got at most {max(piece.shape[1] for piece in pieces)}"
         )
-    random.Random(seed).shuffle(kept)
-    return kept[:nsamples]
+    random.Random(seed).shuffle(fitting)
+    kept, count = [], 0
+    for piece in fitting[:nsamples]:
+        if tokens is not None and count >= tokens:
+            break
+        kept.append(piece)
+        count += piece.shape[1]
+    return kept
+
+
+def default_tokens(widest: int) -> int:
+    """How many calibration tokens a model deserves whose widest linear reads ``widest`` inputs."""
+    return min(TOKENS_PER_INPUT * widest, MOST_TOKENS)
+
+
+def digest(samples: list[Tensor]) -> str:
+    """Tells whether two runs calibrate with the same tokens in the same order."""
+    total = hashlib.sha256()
+    for sample in samples:
+        total.update(str(tuple(sample.shape)).encode() + sample.numpy().tobytes())
+    return total.hexdigest()
 
 
 def windows(text: str, tokenizer, seqlen: int) -> list[Tensor]:

@@ -1,7 +1,10 @@
-"""The commands: ``python -m gptq quantize`` and ``python -m gptq eval``."""
+"""The commands ``marlin quantize`` and ``marlin eval``, also as ``python -m gptq``."""
 
 import argparse
+import contextlib
+import inspect
 import json
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -10,10 +13,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import calibration, evaluate, export, walk
+from . import calibration, evaluate, export, report, run, solver, walk
+from .phases import Phases, phase
 from .plan import GROUP_SIZES, PER_COLUMN, Plan, make_plan
+from .resume import Store
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SOLVER_HELP = {
+    "clip": "search each group's scale; without, its largest weight decides",
+    "full_range": "try scales of either sign, so that the largest weight may use code -8",
+    "order": "round inputs that matter most first; the checkpoint is no different for it",
+    "refit": "fit the scales to the codes once these are known",
+    "sweeps": "times that codes are looked at again once all of them are known",
+    "metric": "by what loss a scale is chosen: block, conditional, diagonal or trial",
+    "damping": "of the second moments, relative to their mean diagonal",
+}
 MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
 
 
@@ -30,67 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gptq",
+        prog="marlin",  # which runs this
         description="Quantize language models to 4 bits for Marlin, and measure what it costs.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    quantize = commands.add_parser(
-        "quantize", help="write a Marlin checkpoint of a model", description=run_quantize.__doc__
-    )
-    quantize.set_defaults(run=run_quantize)
-    quantize.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    quantize.add_argument("--out", required=True, type=Path, help="directory of the checkpoint")
-    quantize.add_argument(
-        "--group-size",
-        type=int,
-        default=128,
-        choices=sorted((PER_COLUMN, *GROUP_SIZES)),
-        help="inputs that share a scale; -1: one scale per output (default: 128)",
-    )
-    quantize.add_argument("--bits", type=int, default=4, choices=[4], help="bits per weight")
-    quantize.add_argument(
-        "--method",
-        default="gptq",
-        choices=["gptq", "rtn"],
-        help="rtn rounds to nearest and needs no calibration (default: gptq)",
-    )
-    quantize.add_argument(
-        "--nsamples", type=positive, default=128, help="calibration samples (default: 128)"
-    )
-    quantize.add_argument(
-        "--seqlen", type=positive, default=2048, help="longest sample, in tokens (default: 2048)"
-    )
-    quantize.add_argument(
-        "--calibration",
-        default=calibration.BUILTIN,
-        metavar="FILE_OR_DATASET",
-        help="a text file, a .jsonl file with a field 'text', a dataset NAME[:CONFIG][:SPLIT] for "
-        "the datasets package, or 'pydoc': Python's own reference (default)",
-    )
-    quantize.add_argument("--seed", type=int, default=0, help="which samples are drawn")
-    quantize.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave layers whose dotted name matches (like '*.down_proj') in full precision",
-    )
-    quantize.add_argument(
-        "--no-clip",
-        action="store_true",
-        help="take each group's largest weight for its scale instead of searching",
-    )
-    quantize.add_argument(
-        "--damping", type=float, default=0.01, help="relative to mean(diag(H)) (default: 0.01)"
-    )
-    quantize.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of what stays unpacked (default: as stored if 16-bit, else float16)",
-    )
-    add_device(quantize)
-
+    add_quantize(commands)
     evaluation = commands.add_parser(
         "eval", help="negative log-likelihood and perplexity", description=run_eval.__doc__
     )
@@ -118,6 +77,117 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_quantize(commands) -> None:
+    parser = commands.add_parser(
+        "quantize",
+        help="write a Marlin checkpoint of a model",
+        description=run_quantize.__doc__,
+        epilog="Example: marlin quantize meta-llama/Llama-3.1-8B --out llama-4bit",
+    )
+    parser.set_defaults(run=run_quantize)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--out", required=True, type=Path, help="directory of the checkpoint")
+    add_device(parser)
+
+    what = parser.add_argument_group("what to quantize, and how")
+    what.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        choices=sorted((PER_COLUMN, *GROUP_SIZES)),
+        help="inputs that share a scale: fewer are more exact and take more memory; "
+        "-1: one scale per output (default: 128)",
+    )
+    what.add_argument("--bits", type=int, default=4, choices=[4], help="bits per weight")
+    what.add_argument(
+        "--method",
+        default="gptq",
+        choices=["gptq", "rtn"],
+        help="gptq fits the rounding to calibration text; rtn rounds to nearest, which is quick, "
+        "needs no text and loses more (default: gptq)",
+    )
+    what.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave layers whose dotted name matches (like '*.down_proj') in full precision; "
+        "may be repeated",
+    )
+    what.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of what stays unpacked (default: as stored if 16-bit, else float16)",
+    )
+
+    text = parser.add_argument_group("calibration text, of which more and closer to use is better")
+    text.add_argument(
+        "--calibration",
+        default=calibration.BUILTIN,
+        metavar="FILE_OR_DATASET",
+        help="a text file, a .jsonl file with a field 'text', a dataset NAME[:CONFIG][:SPLIT] for "
+        "the datasets package, or 'pydoc': Python's own reference (default)",
+    )
+    text.add_argument(
+        "--tokens",
+        type=positive,
+        help=f"to calibrate with (default: {calibration.TOKENS_PER_INPUT} per input of the widest "
+        f"layer, at most {calibration.MOST_TOKENS}; fewer if the text has no more)",
+    )
+    text.add_argument("--nsamples", type=positive, help="no more samples than this")
+    text.add_argument(
+        "--seqlen",
+        type=positive,
+        default=2048,
+        help="longest sample, in tokens; documents keep their own ends (default: 2048)",
+    )
+    text.add_argument("--seed", type=int, default=0, help="which samples are drawn (default: 0)")
+
+    add_solver_options(parser.add_argument_group("the solver, whose defaults are the best known"))
+
+    trouble = parser.add_argument_group("when something goes wrong")
+    again = trouble.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the last layer that an interrupted run with the same settings finished",
+    )
+    again.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted run finished"
+    )
+    trouble.add_argument(
+        "--skip-bad-samples",
+        action="store_true",
+        help="leave out samples that make activations NaN or infinite instead of stopping",
+    )
+
+
+def solver_options() -> dict[str, inspect.Parameter]:
+    """The switches of ``solver.gptq``, by name, that the command line offers."""
+    parameters = inspect.signature(solver.gptq).parameters
+    return {name: parameters[name] for name in SOLVER_HELP if name in parameters}
+
+
+def add_solver_options(group) -> None:
+    for name, parameter in solver_options().items():
+        default = parameter.default
+        option = name.replace("_", "-")
+        if isinstance(default, bool):
+            group.add_argument(
+                f"--{option}",
+                action=argparse.BooleanOptionalAction,
+                default=default,
+                help=SOLVER_HELP[name],
+            )
+        else:
+            group.add_argument(
+                f"--{option}",
+                type=type(default),
+                default=default,
+                help=f"{SOLVER_HELP[name]} (default: %(default)s)",
+            )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
@@ -135,52 +205,95 @@ def positive(text: str) -> int:
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Quantize the linear layers of MODEL's decoder (or encoder) layers to 4 bits and write a
-    checkpoint that marlin.load_pretrained reads. Output head and embeddings stay as they are."""
+    checkpoint that marlin.load_pretrained reads. Output head and embeddings stay as they are.
+    One layer at a time is in memory, and each is safe on disk when it is done: --resume goes on
+    after an interruption."""
     if args.out.exists() and args.out.resolve() == Path(args.model).resolve():
         raise ValueError(f"--out: expected another directory than the model's, got {args.out}")
-    started = time.perf_counter()
-    on_cpu = torch.device(args.device).type == "cpu"
     config = export.load_config(args.model)
-    plan = make_plan(export.skeleton(args.model, config), args.group_size, args.skip)
-    print_plan(plan)
+    skeleton = export.skeleton(args.model, config)
+    plan = make_plan(skeleton, args.group_size, args.skip)
+    print_plan(plan, sum(parameter.numel() for parameter in skeleton.parameters()))
     tokenizer = load_tokenizer_if_any(args)
-    samples = []
-    if args.method == "gptq":
-        documents = calibration.read_documents(args.calibration)
-        seqlen = min(args.seqlen, export.longest_input(config) or args.seqlen)
-        samples = calibration.samples(documents, tokenizer, args.nsamples, seqlen, args.seed)
-        tokens = sum(sample.numel() for sample in samples)
-        print(f"Calibrating with {len(samples)} samples, {tokens} tokens of {args.calibration}")
-    print(f"Loading {args.model}", flush=True)
-    # Half precision is slow on CPUs, and rounding would add up over the layers.
-    model = export.load_model(args.model, torch.float32 if on_cpu else None)
-    loaded = time.perf_counter()
-
-    results = quantize_model(model, plan, samples, args)
-    model.to(DTYPES[args.dtype] if args.dtype else export.stored_dtype(config))
-    quantized = time.perf_counter()
-
-    report = {
-        "model": args.model,
+    samples = draw_samples(args, tokenizer, plan, config) if args.method == "gptq" else []
+    options = {name: getattr(args, name) for name in solver_options()} if samples else {}
+    settings = {
         "method": args.method,
         "group_size": args.group_size,
         "bits": args.bits,
+        "options": options,
         "calibration": args.calibration if samples else None,
         "samples": len(samples),
         "tokens": sum(sample.numel() for sample in samples),
+    }
+    pins = {
+        "model": export.identity(args.model, config),
+        "layers": [target.name for target in plan.all_targets()],
+        "text": calibration.digest(samples),
+        **settings,
+    }
+    store = Store(args.out, plan, pins, resume=args.resume, restart=args.restart)
+    if store.count:
+        print(f"Going on after {store.count} of {len(plan.blocks)} layers")
+
+    print(f"Loading {args.model}", flush=True)
+    started = time.perf_counter()
+    skipped: dict[int, str] = {}
+    with Phases(args.device) as phases:
+        with phase("load"):
+            model = export.load_model(args.model, apart=True)
+        loaded = time.perf_counter()
+        with progress(plan) as show:
+            modules = run.quantize(
+                model,
+                plan,
+                samples,
+                store,
+                method=args.method,
+                device=args.device,
+                on_result=show,
+                skip_bad_samples=args.skip_bad_samples,
+                on_skip=skipped.__setitem__,
+                **options,
+            )
+        quantized = time.perf_counter()
+        with phase("write"):
+            model.to(DTYPES[args.dtype] if args.dtype else export.stored_dtype(config))
+            export.save(model, tokenizer, args.out)
+    outcome = {
+        "model": args.model,
+        **settings,
         "device": args.device,
         "seconds": {"load": loaded - started, "quantize": quantized - loaded},
-        **export.module_report(plan, results),
+        "phases": {name: round(value, 3) for name, value in phases.seconds.items()},
+        "peak_bytes": max((m["peak_bytes"] or 0 for m in modules), default=0) or None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "skipped_samples": skipped,
+        **report.everything(plan, modules),
     }
-    export.save(model, tokenizer, args.out, report)
-    size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
-    print(f"Quantized {len(results)} layers in {quantized - loaded:.1f} s{summary(results)}")
-    print(f"Wrote {args.out} ({size / 1e6:.1f} MB of weights) and {export.REPORT} in it")
+    export.save_report(args.out, outcome, report.markdown(outcome))
+    store.remove()
+    print_outcome(outcome, args.out)
 
 
-def quantize_model(model, plan: Plan, samples, args: argparse.Namespace) -> list[walk.Result]:
-    """Walk the model with a progress bar, and pack each decoder layer as soon as it is done."""
-    results = []
+def draw_samples(args: argparse.Namespace, tokenizer, plan: Plan, config) -> list[torch.Tensor]:
+    documents = calibration.read_documents(args.calibration)
+    seqlen = min(args.seqlen, export.longest_input(config) or args.seqlen)
+    tokens = args.tokens
+    if not tokens and not args.nsamples:
+        tokens = calibration.default_tokens(plan.widest())
+    samples = calibration.samples(
+        documents, tokenizer, args.nsamples, seqlen, args.seed, tokens=tokens
+    )
+    count = sum(sample.numel() for sample in samples)
+    wanted = f" of the {tokens} asked for" if args.tokens and count < args.tokens else ""
+    print(f"Calibrating with {len(samples)} samples, {count} tokens{wanted}, of {args.calibration}")
+    return samples
+
+
+@contextlib.contextmanager
+def progress(plan: Plan):
+    """A bar, and the function that moves it by one linear layer."""
     with tqdm(
         total=len(plan.all_targets()), unit="layer", mininterval=0.5, dynamic_ncols=True
     ) as bar:
@@ -189,23 +302,29 @@ def quantize_model(model, plan: Plan, samples, args: argparse.Namespace) -> list
             bar.update()
             if result.loss is not None:
                 bar.set_postfix_str(f"{result.target.name} loss {result.loss:.2e}")
+            if result.note:
+                bar.write(f"{result.target.name}: {result.method}, {result.note}", file=sys.stderr)
 
-        if args.method == "rtn":
-            steps = walk.quantize_rtn(model, plan, on_result=show)
-        else:
-            steps = walk.quantize_gptq(
-                model,
-                plan,
-                samples,
-                device=args.device,
-                on_result=show,
-                clip=not args.no_clip,
-                damping=args.damping,
-            )
-        for finished in steps:
-            export.install(model, finished)
-            results += finished
-    return results
+        yield show
+
+
+def print_outcome(outcome: dict, out: Path) -> None:
+    modules, seconds = outcome["modules"], outcome["seconds"]["quantize"]
+    if table := report.table(modules):
+        print(table)
+    for sample, place in outcome["skipped_samples"].items():
+        print(f"Left out sample {sample}: not finite at {place}")
+    if failed := report.fallbacks(modules):
+        print(f"{len(failed)} layers did not go as planned:")
+        print("\n".join(f"  {line}" for line in failed[:20]))
+        if len(failed) > 20:
+            print(f"  and {len(failed) - 20} more, see {export.REPORT}")
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in outcome["phases"].items())
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    tokens = f" with {outcome['tokens']} tokens" if outcome["tokens"] else ""
+    ratio = report.ratio(modules)
+    print(f"Quantized {len(modules)} layers{tokens} in {seconds:.1f} s ({phases}){ratio}")
+    print(f"Wrote {out} ({size / 1e6:.1f} MB of weights) and {export.REPORT} in it")
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -238,17 +357,19 @@ def run_eval(args: argparse.Namespace) -> None:
         print(f"tokens      {result.tokens} in {result.windows} windows, {result.seconds:.1f} s")
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan, parameters: int) -> None:
     """Say what will be quantized and what will not, and why, before the work starts."""
-    weights = sum(target.k * target.n for target in plan.all_targets())
     group = "per column" if plan.group_size == PER_COLUMN else f"in groups of {plan.group_size}"
+    share = plan.weights() / parameters
     print(
         f"To quantize: {len(plan.all_targets())} linear layers in {len(plan.blocks)} blocks, "
-        f"{weights / 1e6:.1f} M weights, {group}"
+        f"{plan.weights() / 1e6:.1f} M of {parameters / 1e6:.1f} M weights, {group}"
     )
     for reason, names in plan.kept_by_reason().items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         print(f"Full precision: {', '.join(names[:4])}{more} ({reason})")
+    if share < 0.5:
+        print(f"Note: {1 - share:.0%} of the weights stay in full precision")
 
 
 def load_tokenizer_if_any(args: argparse.Namespace):
@@ -259,12 +380,3 @@ def load_tokenizer_if_any(args: argparse.Namespace):
         if args.method == "gptq":
             raise
         return None
-
-
-def summary(results: list[walk.Result]) -> str:
-    """How much of the loss of plain rounding is left, over all layers."""
-    pairs = [(result.loss, result.rtn_loss) for result in results if result.rtn_loss]
-    if not pairs:
-        return ""
-    mean = sum(loss / rtn for loss, rtn in pairs) / len(pairs)
-    return f"; mean loss {mean:.0%} of rounding's"

@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,9 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from marlin.checkpoint import load_pretrained, save_pretrained
+from marlin.experts import take_apart
 from marlin.layer import MarlinLinear, dense_layers
 
-from .plan import Plan
+from .resume import pack
 from .walk import Result
 
 REPORT = "gptq_report.json"
@@ -45,7 +45,8 @@ def longest_input(config) -> int | None:
 
 
 def skeleton(source: str, config) -> PreTrainedModel:
-    """The model without its weights (on the meta device): enough to plan with, at once.
+    """The model without its weights (on the meta device): enough to plan with, at once. Experts
+    are taken apart, as in ``load_model(..., apart=True)``.
 
     Raises ModelError for what is quantized already or unknown to transformers.
     """
@@ -55,21 +56,32 @@ def skeleton(source: str, config) -> PreTrainedModel:
     cls = _model_class(source, config)
     with torch.device("meta"):
         make = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
-        return make(copy.deepcopy(config)).eval()
+        model = make(copy.deepcopy(config)).eval()
+    take_apart(model)
+    return model
 
 
-def load_model(source: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model on the CPU, in ``dtype`` or as stored, ready for inference. Raises ModelError."""
+def load_model(
+    source: str, dtype: torch.dtype | None = None, *, apart: bool = False
+) -> PreTrainedModel:
+    """A model on the CPU, in ``dtype`` or as stored, ready for inference. Raises ModelError.
+
+    As stored, the weights of a safetensors checkpoint stay in their files until they are touched.
+    apart: give each expert of a mixture linear layers of its own, to quantize.
+    """
     cls = _model_class(source, load_config(source))
     try:
-        return cls.from_pretrained(**_location(source), dtype=dtype or "auto").eval()
+        model = cls.from_pretrained(**_location(source), dtype=dtype or "auto").eval()
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{source}: {_first_line(error)}") from error
+    if apart:
+        take_apart(model)
+    return model
 
 
 def load_any(source: str, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """For evaluation: a Marlin checkpoint with Marlin layers, anything else as ``load_model``."""
-    if quant_method(load_config(source)) == "marlin":
+    """For evaluation: a 4-bit checkpoint with Marlin layers, anything else as ``load_model``."""
+    if quant_method(load_config(source)) in ("marlin", "gptq", "awq", "compressed-tensors"):
         return load_pretrained(source, device=device, dtype=dtype)
     return load_model(source, dtype).to(device)
 
@@ -102,39 +114,52 @@ def quant_method(config) -> str | None:
 
 
 def install(model: nn.Module, results: Iterable[Result]) -> None:
-    """Replace quantized linears by Marlin layers, wherever in the model they hang."""
+    """Replace quantized linears by Marlin layers in host memory."""
+    replace(
+        model,
+        {
+            result.target.name: pack(
+                result.solution, model.get_submodule(result.target.name).bias
+            ).cpu()
+            for result in results
+        },
+    )
+
+
+def replace(model: nn.Module, layers: dict[str, MarlinLinear]) -> None:
+    """Put other layers in place of the linears of these names, wherever in the model they hang."""
     places = {}
     for dense in dense_layers(model):
         places.setdefault(dense.module, []).append(dense)
-    for result in results:
-        linear = model.get_submodule(result.target.name)
-        solution = result.solution
-        layer = MarlinLinear.from_quantized(solution.codes, solution.scales, linear.bias)
+    for name, layer in layers.items():
+        linear = model.get_submodule(name)
         for dense in places[linear]:
             dense.replace(layer.train(linear.training))
 
 
-def save(model: PreTrainedModel, tokenizer, directory: Path, report: dict) -> None:
-    """Write the Marlin checkpoint and, beside it, the report of how it was made."""
+def save(model: PreTrainedModel, tokenizer, directory: Path) -> None:
+    """Write the Marlin checkpoint."""
     save_pretrained(model, directory, tokenizer)
+
+
+def save_report(directory: Path, report: dict, page: str) -> None:
+    """Beside a checkpoint, how it was made: for programs, and for people."""
     (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    (directory / REPORT).with_suffix(".md").write_text(page, encoding="utf-8")
 
 
-def module_report(plan: Plan, results: Iterable[Result]) -> dict:
-    """What became of every weight, ready for JSON."""
-    modules = [
-        {
-            **asdict(result.target),
-            "method": result.method,
-            "loss": result.loss,
-            "rtn_loss": result.rtn_loss,
-            "damping": result.solution.damping,
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 4),
-        }
-        for result in results
-    ]
-    return {"modules": modules, "full_precision": plan.kept}
+def identity(source: str, config) -> dict:
+    """What tells whether a model is still the same: a commit of the hub, or its files' sizes and
+    times."""
+    path = Path(source)
+    if not path.exists():
+        return {"source": source, "commit": getattr(config, "_commit_hash", None)}
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    stats = {file.name: file.stat() for file in ([path] if path.is_file() else files)}
+    return {
+        "source": str(path.resolve()),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
 
 
 def _model_class(source: str, config):

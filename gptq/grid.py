@@ -1,7 +1,8 @@
-"""The 4-bit grid: sixteen codes around a zero at 8, and the search for each group's scale.
+"""The 4-bit grid: sixteen codes around a zero at 8, and which scales a group of weights may take.
 
 A code q in 0..15 stands for ``(q - 8) * scale``. Scales are rounded to FP16 *before* anything is
-rounded with them, so the codes are the best ones for the scales that end up on disk.
+rounded with them, so the codes are the best ones for the scales that end up on disk. A scale may
+be negative: that gives the code -8, which has no positive twin, to the positive end.
 Weights are (k, n) as everywhere in Marlin: a group is a run of rows, a scale belongs to a column.
 """
 
@@ -19,12 +20,37 @@ CANDIDATES = 40
 
 def round_scale(scale: Tensor) -> Tensor:
     """``scale`` as values that FP16 holds exactly (saturating rather than infinite), same dtype."""
-    return scale.clamp(max=torch.finfo(torch.float16).max).half().to(scale.dtype)
+    largest = torch.finfo(torch.float16).max
+    return scale.clamp(-largest, largest).half().to(scale.dtype)
 
 
 def absmax_scale(group: Tensor) -> Tensor:
     """Round-to-nearest's scales: (..., g, n) -> (..., n), values that FP16 holds."""
     return round_scale(group.abs().amax(dim=-2) / HALF_RANGE)
+
+
+def full_range_scale(group: Tensor) -> Tensor:
+    """Scales under which the largest weight is exactly code -8: (..., g, n) -> (..., n)."""
+    largest = group.gather(-2, group.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
+    return round_scale(largest / -ZERO)
+
+
+def candidate_scales(
+    group: Tensor, *, clip: bool, full_range: bool, count: int = CANDIDATES
+) -> Tensor:
+    """Scales worth trying for a group (..., g, n): (candidates, ..., n), values that FP16 holds.
+
+    The first is always ``absmax_scale``. clip: ``count`` ratios of it, down to SMALLEST_RATIO, so
+    that the largest weights are given up for the others. full_range: both signs of all of these,
+    or, without clip, also ``full_range_scale``.
+    """
+    full = group.abs().amax(dim=-2) / HALF_RANGE
+    if not clip:
+        found = [round_scale(full)] + ([full_range_scale(group)] if full_range else [])
+        return torch.stack(found)
+    ratios = torch.linspace(1.0, SMALLEST_RATIO, count, dtype=full.dtype, device=full.device)
+    scales = round_scale(full * ratios.view(-1, *(1,) * full.dim()))
+    return torch.cat([scales, -scales]) if full_range else scales
 
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:
@@ -39,31 +65,32 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     return (codes.to(scale.dtype) - ZERO) * scale
 
 
-def search_scale(group: Tensor, metric: Tensor, candidates: int = CANDIDATES) -> Tensor:
-    """For each column of one group, the clipped scale of least weighted rounding error.
+def cheapest(scales: Tensor, losses: Tensor) -> Tensor:
+    """Of ``scales`` (candidates, ..., n) those of least loss, (..., n); the first of equals."""
+    return scales.gather(0, losses.argmin(dim=0, keepdim=True)).squeeze(0)
 
-    group: (g, n) FP32 or FP64. metric: (b, h, h) of the same dtype, positive semi-definite blocks
-    with b·h = g, the weights of the error ``Σ_b e_bᵀ metric_b e_b``. One block of g is the usual
-    case; a long per-column group brings several, so that the cost stays linear in g.
-    Returns (n,) scales that FP16 holds exactly. The first candidate is ``absmax_scale``, so
-    by this measure the result is never worse than round-to-nearest.
+
+def rounding_losses(group: Tensor, scales: Tensor, metric: Tensor) -> Tensor:
+    """The weighted error of rounding a group to nearest, for each column under several scales.
+
+    group: (g, n) FP32 or FP64. scales: (candidates, n). metric, of the same dtype, is what the
+    error e is weighted by: (g,) for ``Σ_i metric_i e_i²``, or (b, h, h) with b·h = g, positive
+    semi-definite blocks, for ``Σ_b e_bᵀ metric_b e_b``. Returns (candidates, n).
     Raises ValueError when metric does not tile the group.
     """
     height, columns = group.shape
-    blocks, size, _ = metric.shape
-    if blocks * size != height:
+    tiles = metric.shape[0] * (metric.shape[1] if metric.dim() == 3 else 1)
+    if tiles != height:
         raise ValueError(
-            f"metric: expected square blocks that tile a group of {height}, "
+            f"metric: expected ({height},) or square blocks that tile a group of {height}, "
             f"got {tuple(metric.shape)}"
         )
-    full = group.abs().amax(dim=0) / HALF_RANGE
-    best_scale = round_scale(full)
-    best_cost = torch.full((columns,), torch.inf, dtype=group.dtype, device=group.device)
-    for ratio in torch.linspace(1.0, SMALLEST_RATIO, candidates).tolist():
-        scale = round_scale(full * ratio)
-        error = (group - decode(encode(group, scale), scale)).view(blocks, size, columns)
-        cost = (torch.bmm(metric, error) * error).sum(dim=(0, 1))
-        better = cost < best_cost
-        best_cost = torch.where(better, cost, best_cost)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale
+    losses = []
+    for scale in scales:  # one after the other: all at once would not fit a cache
+        error = group - decode(encode(group, scale), scale)
+        if metric.dim() == 1:
+            losses.append(torch.mv(error.square_().T, metric))
+        else:
+            error = error.view(metric.shape[0], -1, columns)
+            losses.append((torch.bmm(metric, error) * error).sum(dim=(0, 1)))
+    return torch.stack(losses)

@@ -7,6 +7,8 @@ For one output row ``w`` the squared output error of rounding is ``e H eᵀ`` wi
 import torch
 from torch import Tensor
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class Hessian:
     """Running sum of ``x xᵀ`` over the tokens seen, in FP32, on one device.
@@ -28,8 +30,13 @@ class Hessian:
             raise ValueError(
                 f"inputs: expected (..., {k}) as in the first call, got {tuple(inputs.shape)}"
             )
-        tokens = inputs.reshape(-1, k).float()
-        self.sum.addmm_(tokens.T, tokens)
+        tokens = inputs.reshape(-1, k)
+        if tokens.is_cuda and self.sum.is_cuda and tokens.dtype in HALVES:
+            # Tensor cores multiply exactly and sum in FP32, and no FP32 copy is needed.
+            torch.addmm(self.sum, tokens.T, tokens, out_dtype=torch.float32, out=self.sum)
+        else:
+            tokens = tokens.float()
+            self.sum.addmm_(tokens.T, tokens)
         self.tokens += tokens.shape[0]
 
     def mean(self) -> Tensor:

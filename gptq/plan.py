@@ -36,6 +36,14 @@ class Plan:
     def all_targets(self) -> list[Target]:
         return [target for block in self.targets for target in block]
 
+    def weights(self) -> int:
+        """How many weights will have 4 bits."""
+        return sum(target.k * target.n for target in self.all_targets())
+
+    def widest(self) -> int:
+        """The most inputs that a layer to quantize has."""
+        return max(target.k for target in self.all_targets())
+
     def kept_by_reason(self) -> dict[str, list[str]]:
         reasons = defaultdict(list)
         for name, reason in self.kept.items():
@@ -102,8 +110,7 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
         raise GroupSizeError(_misfit_message(group_size, misfits, plan.all_targets()))
     for name, module in model.named_modules():
         if module not in seen and any(p.dim() > 1 for p in module.parameters(recurse=False)):
-            embedding = isinstance(module, nn.Embedding)
-            plan.kept[name] = "embedding" if embedding else "not a linear layer"
+            plan.kept[name] = _why_kept(module)
     if not any(plan.targets):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.kept.items())
         raise ValueError(
@@ -119,6 +126,14 @@ def fits(k: int, group_size: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _why_kept(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+        return "experts in one tensor, of a kind that is not known here"
+    return "not a linear layer"
 
 
 def _misfit_message(group_size: int, misfits: list[Target], rest: list[Target]) -> str:

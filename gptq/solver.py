@@ -5,8 +5,8 @@ make up for each rounding error as far as the inputs' second moments H say they 
 interact, so the weights of several layers that read one input may be laid side by side along n
 and solved together.
 
-    (H + λI)⁻¹ = Uᵀ U,  U upper triangular
-    input j:  q = round(w_j),  e = (w_j - q) / U_jj,  w_i -= U_ji · e  for every i > j
+    (H + λI)⁻¹ = Uᵀ U,  U upper triangular,  V = diag(U)⁻¹ U
+    input j:  q = round(w_j),  d = w_j - q,  w_i -= V_ji · d  for every i > j;  loss += (d / U_jj)²
 
 The updates of inputs beyond the current block are put off to one matrix product per block.
 """
@@ -17,10 +17,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import grid
+from . import grid, refine
+from .columns import quantize_columns, trial_losses
+from .order import group_order, restore
+from .phases import phase
 
 BLOCK = 128  # inputs per lazy update; every group size in use divides it
 DAMPING = 0.01  # of the mean of H's diagonal
+MAX_DAMPING = 1.0  # beyond, what the data say drowns; time for other means
+SWEEPS = 3
+METRICS = ("block", "conditional", "diagonal", "trial")
+# The options under which ``gptq`` is the published algorithm.
+PUBLISHED = {"clip": False, "full_range": False, "order": False, "refit": False, "sweeps": 0}
+
+
+class FactorizationError(ArithmeticError):
+    """H has no Cholesky factor in this precision, however much damping is allowed."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +61,25 @@ class Solution:
         )
 
 
-def rtn(weight: Tensor, group_size: int) -> Solution:
-    """Round every weight to the nearest code under absmax scales.
+def rtn(
+    weight: Tensor, group_size: int, *, clip: bool = False, full_range: bool = False
+) -> Solution:
+    """Round every weight to the nearest code; by default under absmax scales.
 
     weight: (k, n) floating. group_size: a divisor of k, or -1 for one group per output.
+    clip, full_range: of ``grid.candidate_scales`` take those of least squared error.
     Raises ValueError for anything else.
     """
     weight, group = _checked(weight, group_size)
     groups = weight.unflatten(0, (-1, group))
-    scales = grid.absmax_scale(groups)
+    candidates = grid.candidate_scales(groups, clip=clip, full_range=full_range)
+    scales = candidates[0]
+    if len(candidates) > 1:
+        even = weight.new_ones(group)
+        losses = [
+            grid.rounding_losses(groups[i], candidates[:, i], even) for i in range(len(groups))
+        ]
+        scales = grid.cheapest(candidates, torch.stack(losses, dim=1))
     codes = grid.encode(groups, scales[:, None]).flatten(0, 1)
     return Solution(codes.to(torch.uint8), scales.half())
 
@@ -68,72 +90,165 @@ def gptq(
     group_size: int,
     *,
     clip: bool = True,
+    metric: str = "trial",
+    full_range: bool = True,
+    order: bool = True,
+    refit: bool = True,
+    sweeps: int = SWEEPS,
     damping: float = DAMPING,
     block: int = BLOCK,
 ) -> Solution:
     """Round ``weight`` (k, n) so that its outputs change least under ``hessian`` (k, k).
 
     Computes in FP32, or in FP64 for an FP64 weight.
-    group_size: a divisor of k, or -1 for one group per output. clip: search each group's scale
-    (``grid.search_scale``) instead of taking the absmax. damping: λ relative to mean(diag(H)),
-    raised as far as the factorization needs it; the value used is in the result.
+    group_size: a divisor of k, or -1 for one group per output. damping: λ relative to
+    mean(diag(H)), raised as far as the factorization needs it; the value used is in the result.
+    block: inputs per lazy update. The rest are switches, ``PUBLISHED`` turns them off:
+
+    clip: search each group's scale instead of taking the absmax. full_range: try negative scales
+    too. metric: by what loss a scale is chosen; with e the error of rounding the group to nearest,
+        "block"        eᵀ H_gg e, what the group alone does
+        "conditional"  eᵀ (U_ggᵀ U_gg)⁻¹ e, what is left once later inputs make up for it
+        "diagonal"     Σ (e_j / U_jj)², the same if later inputs of the group do, too
+        "trial"        what the column loop really loses under that scale
+    (in groups longer than ``block``, which are searched before they are rounded, "block" and
+    "conditional" take blocks on the diagonal, "trial" is "diagonal").
+    order: round inputs that matter most first (``group_order``). refit, sweeps: ``sweeps`` times
+    fit scales to codes, then codes to scales, and scales once more (``refine``).
     Inputs that never saw data (zero rows of H) are simply rounded.
     Raises ValueError on shapes that do not fit and on values that are NaN or infinite.
     """
     weight, group = _checked(weight, group_size)
-    k, n = weight.shape
+    k = len(weight)
     if hessian.shape != (k, k):
         raise ValueError(f"hessian: expected ({k}, {k}), got {tuple(hessian.shape)}")
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     hessian = hessian.to(weight.dtype)
+    if order:
+        permutation = group_order(hessian.diagonal(), group)
+        weight, hessian = weight[permutation], hessian[permutation][:, permutation]
     upper, damping = factor(hessian, damping)
+    size = math.gcd(group, block)
+    codes, scales = _round(weight, hessian, upper, group, size, metric, clip, full_range)
+    del upper
 
+    if refit or sweeps:
+        shift = damping * hessian.diagonal().mean().item() or 1.0
+        damped = hessian if order else hessian.clone()  # a copy already, and too large for two
+        damped.diagonal().add_(shift)
+    for _ in range(sweeps):
+        if refit:
+            scales = refine.refit_scales(weight, codes, scales, damped, shift)
+        codes = refine.sweep(weight, codes, scales, damped, size)
+    if refit:
+        scales = refine.refit_scales(weight, codes, scales, damped, shift)
+    if order:
+        codes, scales = restore(codes, scales, permutation)
+    return Solution(codes.to(torch.uint8), scales.half(), damping)
+
+
+def _round(
+    weight: Tensor,
+    hessian: Tensor,
+    upper: Tensor,
+    group: int,
+    size: int,
+    metric: str,
+    clip: bool,
+    full_range: bool,
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's pass over all inputs in segments of ``size``: codes (k, n) and scales (groups, n).
+
+    ``upper`` is used up: scaling it in place saves a copy as large as H.
+    """
+    k, n = weight.shape
     work = weight.clone()
     codes = torch.empty_like(work)
     scales = work.new_empty(k // group, n)
-
-    # A group is weighed by its own part of H, a long one by the blocks on that part's diagonal.
-    size = math.gcd(group, block)
+    pivots = upper.diagonal().clone()
+    coupling = upper.div_(pivots[:, None])
 
     def choose_scale(first: int) -> Tensor:
         rows = work[first : first + group]
-        if not clip:
-            return grid.absmax_scale(rows)
-        parts = [slice(i, i + size) for i in range(first, first + group, size)]
-        return grid.search_scale(rows, torch.stack([hessian[part, part] for part in parts]))
+        candidates = grid.candidate_scales(rows, clip=clip, full_range=full_range)
+        if len(candidates) == 1:
+            return candidates[0]
+        inside = slice(first, first + group)
+        weights = pivots[inside].square().reciprocal()
+        if metric == "trial" and group == size:
+            losses = trial_losses(rows, coupling[inside, inside], weights, candidates)
+        elif metric in ("trial", "diagonal"):
+            losses = grid.rounding_losses(rows, candidates, weights)
+        else:
+            parts = [slice(i, i + size) for i in range(first, first + group, size)]
+            if metric == "block":
+                blocks = [hessian[part, part] for part in parts]
+            else:
+                blocks = [_conditional(coupling[part, part] * pivots[part, None]) for part in parts]
+            losses = grid.rounding_losses(rows, candidates, torch.stack(blocks))
+        return grid.cheapest(candidates, losses)
 
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        errors = work.new_empty(stop - start, n)
-        for j in range(start, stop):
-            index, offset = divmod(j, group)
-            if offset == 0:
-                scales[index] = choose_scale(j)
-            codes[j] = grid.encode(work[j], scales[index])
-            errors[j - start] = (work[j] - grid.decode(codes[j], scales[index])) / upper[j, j]
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return Solution(codes.to(torch.uint8), scales.half(), damping)
+    for start in range(0, k, size):
+        stop = start + size
+        index, offset = divmod(start, group)
+        if offset == 0:
+            scales[index] = choose_scale(start)
+        codes[start:stop], moved = quantize_columns(
+            work[start:stop], coupling[start:stop, start:stop], scales[index]
+        )
+        work[stop:].addmm_(coupling[start:stop, stop:].T, moved, alpha=-1)
+    return codes, scales
+
+
+def _conditional(upper: Tensor) -> Tensor:
+    """(UᵀU)⁻¹ of a block of U: its part of H given that later inputs make up for the error."""
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse @ inverse.T
 
 
 def factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, float]:
     """Upper triangular U with ``(H + λI)⁻¹ = Uᵀ U``, and the λ it took relative to mean(diag(H)).
 
-    λ starts at damping and grows tenfold until the Cholesky factorization holds.
+    λ starts at damping and grows tenfold, up to MAX_DAMPING, until the Cholesky factorization
+    holds. Raises FactorizationError when it never does.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("hessian: expected finite values, got NaN or Inf")
-    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    mean = hessian.diagonal().mean()
+    mean = hessian.diagonal().mean().item()
     if mean <= 0:  # no data at all: with any multiple of the identity GPTQ is plain rounding
-        hessian, mean = eye, torch.ones_like(mean)
+        hessian, mean = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), 1.0
+    with phase("factor"):
+        while True:
+            upper = _factor(hessian, damping * mean)
+            if upper is not None:
+                return upper, damping
+            if damping >= MAX_DAMPING:
+                raise FactorizationError(
+                    f"hessian: expected a positive definite matrix, got one that is not even with "
+                    f"damping {damping:g} of its mean diagonal in {hessian.dtype}"
+                )
+            damping = min(max(10 * damping, DAMPING), MAX_DAMPING)
+
+
+def _factor(hessian: Tensor, shift: float) -> Tensor | None:
+    """U of ``(H + shift·I)⁻¹ = Uᵀ U``, or None when the factorization fails.
+
+    Each copy of H may take gigabytes, so none lives longer than it is needed.
+    """
     # Factoring H with its order reversed gives H = R Rᵀ with R upper; then U = R⁻¹ is one
     # triangular solve, where inverting H and factoring the inverse would lose digits twice.
-    while True:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
-        if failed == 0:
-            break
-        damping = max(10 * damping, DAMPING)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True), damping
+    damped = hessian.flip(0, 1)
+    damped.diagonal().add_(shift)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    if failed:
+        return None
+    right = lower.flip(0, 1)
+    del lower
+    eye = torch.eye(len(right), dtype=right.dtype, device=right.device)
+    return torch.linalg.solve_triangular(right, eye, upper=True)
 
 
 def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
@@ -146,7 +261,7 @@ def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
 
 
 def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
-    """``weight`` as FP32 (FP64 stays) and the number of inputs in a group."""
+    """``weight`` as contiguous FP32 (FP64 stays) and the number of inputs in a group."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected a floating (k, n) matrix, got {weight.dtype} {tuple(weight.shape)}"
@@ -157,4 +272,4 @@ def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
         raise ValueError(f"group_size: expected -1 or a divisor of k = {k}, got {group_size}")
     if not torch.isfinite(weight).all():
         raise ValueError("weight: expected finite values, got NaN or Inf")
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)), group
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous(), group

@@ -1,9 +1,7 @@
 """The walk through a model: one decoder layer at a time on the device.
 
-A first pass runs the model with every layer short-circuited, which records what the model hands
-each layer (masks, positions) and what enters the first one, without knowing the architecture.
-Then, layer by layer: run the samples to collect Hessians, solve, write the rounded weights back,
-run the samples again. So every layer is fitted to what the quantized layers before it produce.
+Layer by layer: run the samples to collect Hessians, solve, write the rounded weights back, run the
+samples again. So every layer is fitted to what the quantized layers before it produce.
 """
 
 import contextlib
@@ -13,13 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from marlin.layer import dense_weight
+from marlin.layer import dense_weight, is_conv1d
 
-from . import solver
-from .hessian import Hessian
+from . import robust, solver
+from .collect import Reading
+from .phases import phase
 from .plan import Plan, Target
+from .travellers import Travellers
+from .visit import Visit, read_ahead
 
 
 @dataclass(frozen=True)
@@ -27,42 +28,64 @@ class Result:
     """One quantized linear layer and how it went."""
 
     target: Target
-    solution: solver.Solution  # on the CPU
-    method: str  # "gptq" or "rtn"
-    loss: float | None  # share of the output's energy lost, None without calibration
-    rtn_loss: float | None  # the same for plain rounding
-    tokens: int
-    seconds: float
+    solution: solver.Solution  # on the device where it was found
+    method: str  # see robust.py
+    loss: float | None = None  # share of the output's energy lost, None without calibration
+    rtn_loss: float | None = None  # the same for plain rounding
+    tokens: int = 0
+    dead_inputs: int = 0  # inputs that were zero for every token
+    seconds: float = 0.0
+    peak_bytes: int | None = None  # of GPU memory since the linears before it were done
+    note: str | None = None  # why it is not GPTQ on the device asked for
 
 
-@dataclass
-class Call:
-    """What the model passes to one layer beside the hidden states, for one sample."""
+@dataclass(frozen=True)
+class Done:
+    """Blocks quantized in an earlier run: how many, and what gives the results of each."""
 
-    args: tuple
-    kwargs: dict
+    count: int
+    results: Callable[[int], list[Result]]
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+
+def _ignore(*args) -> None:
+    pass
 
 
 @torch.no_grad()
 def quantize_rtn(
-    model: PreTrainedModel, plan: Plan, *, on_result: Callable[[Result], None] = lambda result: None
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    device: torch.device | str = "cpu",
+    on_result: Callable[[Result], None] = _ignore,
+    on_layer: Callable[[int, list[Result]], None] = _ignore,
+    done: Done | None = None,
 ) -> Iterator[list[Result]]:
-    """Round every target to nearest, in place; yields the results of each decoder layer."""
-    for targets in plan.targets:
-        results = []
-        for target in targets:
-            started = time.perf_counter()
-            module = model.get_submodule(target.name)
-            solution = solver.rtn(dense_weight(module), plan.group_size)
-            _set_weight(module, solution)
-            seconds = time.perf_counter() - started
-            results.append(Result(target, solution, "rtn", None, None, 0, seconds))
-            on_result(results[-1])
-        yield results
+    """Round every target to nearest, in place; yields the results of each decoder layer.
+
+    Arguments as for ``quantize_gptq``.
+    """
+    for index, name in enumerate(plan.blocks):
+        if done and index < done.count:
+            yield _heard(on_result, done.results(index))
+            continue
+        layer = model.get_submodule(name)
+        with Visit(layer.modules(), device) as visit:
+            with phase("load"):
+                visit.bring()
+            results = []
+            for target in plan.targets[index]:
+                started = time.perf_counter()
+                module = model.get_submodule(target.name)
+                with phase("solve"), _naming(target.name):
+                    solution = solver.rtn(dense_weight(module), plan.group_size)
+                    _set_weight(visit, module, solution)
+                seconds = time.perf_counter() - started
+                results.append(Result(target, solution, robust.RTN, seconds=seconds))
+                on_result(results[-1])
+            on_layer(index, results)
+            yield results
+            visit.forget_all_but(layer.parameters())
 
 
 @torch.no_grad()
@@ -72,188 +95,139 @@ def quantize_gptq(
     samples: list[Tensor],
     *,
     device: torch.device | str = "cpu",
-    on_result: Callable[[Result], None] = lambda result: None,
+    on_result: Callable[[Result], None] = _ignore,
+    on_layer: Callable[[int, list[Result]], None] = _ignore,
+    skip_bad_samples: bool = False,
+    on_skip: Callable[[int, str], None] = _ignore,
+    done: Done | None = None,
     **options,
 ) -> Iterator[list[Result]]:
     """GPTQ on every target, in place; yields the results of each decoder layer when it is done.
 
-    model: on the CPU, in the dtype to compute in; its layers visit ``device`` one at a time.
-    samples: int64 (1, length) each. on_result hears of every linear as it is solved.
-    options go to ``solver.gptq`` (clip, damping).
-    Raises ValueError naming the layer and the sample when activations are NaN or infinite.
+    While results are in the caller's hands the layer is still on the device; linears that the
+    caller replaces then cost no copy back.
+
+    model: on the CPU. samples: int64 (1, length) each.
+    device: where layers are worked on, one after the other. On the CPU they compute in FP32, on
+        a GPU in their own type.
+    on_result: hears of every linear as it is solved. on_layer: of every decoder layer's number and
+        results that are not done before, when the samples have yet to go through it.
+    skip_bad_samples: leave out samples that lead to NaN or infinite activations instead of
+        stopping; on_skip hears the number of each, and where it showed first.
+    options: for ``solver.gptq``.
+    Raises NonFiniteError naming the layer, and the sample if it is not the weights' fault.
     """
     model.eval()
+    device = torch.device(device)
     layers = [model.get_submodule(name) for name in plan.blocks]
-    hidden, calls = record_calls(model, layers, samples, device)
+    if done and done.count == len(layers):  # nobody needs the activations
+        for index in range(len(layers)):
+            yield _heard(on_result, done.results(index))
+        return
+    # Half precision is slow on CPUs, and rounding would add up over the layers.
+    dtype = torch.float32 if device.type == "cpu" else None
+    travellers = Travellers(device, dtype, skip_bad_samples, on_skip)
+    with phase("forward"):
+        travellers.depart(model, layers, samples)
+    ahead = None
     for index, (layer, name) in enumerate(zip(layers, plan.blocks, strict=True)):
-        layer.to(device)
-        linears = {target: model.get_submodule(target.name) for target in plan.targets[index]}
-        results = []
-        for targets, hessian in _collect(layer, name, linears, hidden, calls[index]):
-            for result in _solve(targets, linears, hessian, plan.group_size, options):
-                _set_weight(linears[result.target], result.solution)
-                results.append(result)
-                on_result(result)
-        if index + 1 < len(layers):  # nobody reads what the last one puts out
-            for i, call in enumerate(calls[index]):
-                hidden[i] = call.run(layer, hidden[i])
-        calls[index] = []
-        layer.to("cpu")
-        yield results
-
-
-def record_calls(
-    model: PreTrainedModel, layers: list[nn.Module], samples: list[Tensor], device
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """What enters the first layer for each sample, and what each layer gets beside it.
-
-    Returns hidden states by sample, and calls by layer and sample, all on ``device``.
-    Raises ValueError for a model that does not run its layers once each and in order.
-    """
-    # The base model stops short of the output head, whose logits nobody needs here.
-    base = model.base_model
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = [[] for _ in layers]
-    with _short_circuit(layers) as recorded:
-        for sample in samples:
-            recorded.clear()
-            with contextlib.suppress(_Stop):
-                base(input_ids=sample.to(model.device))
-            order = [index for index, *_ in recorded]
-            if order != list(range(len(layers))):
-                raise ValueError(
-                    f"model: expected {type(base).__name__} to run its {len(layers)} layers once "
-                    f"each and in order, got {order}"
-                )
-            hidden.append(recorded[0][1].to(device))
-            moved: dict[int, Tensor] = {}  # layers share masks and positions: move each once
-            for index, _, args, kwargs in recorded:
-                calls[index].append(Call(_to(args, device, moved), _to(kwargs, device, moved)))
-    return hidden, calls
-
-
-class _Stop(Exception):
-    """Ends a forward pass after the last layer."""
-
-
-@contextlib.contextmanager
-def _short_circuit(layers: list[nn.Module]):
-    """Let layers hand their input through and record (index, hidden, args, kwargs) of each call."""
-    recorded: list[tuple[int, Tensor, tuple, dict]] = []
-    wrap: Callable[[Tensor], Tensor | tuple] | None = None  # hidden states as layers return them
-
-    def replace(index: int, layer: nn.Module) -> None:
-        original = layer.forward
-
-        def forward(*args, **kwargs):
-            nonlocal wrap
-            if wrap is None:  # only a real call, the very first, shows whether that is a tuple
-                wrap = _wrapper(original(*args, **kwargs))
-            hidden, *args = args if args else (kwargs.pop("hidden_states"),)
-            recorded.append((index, hidden, tuple(args), kwargs))
-            if index + 1 == len(layers):
-                raise _Stop
-            return wrap(hidden)
-
-        # An instance attribute shadows the method; models still find what they look up on a layer.
-        layer.forward = forward
-
-    for index, layer in enumerate(layers):
-        replace(index, layer)
-    try:
-        yield recorded
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _wrapper(output: Tensor | tuple) -> Callable[[Tensor], Tensor | tuple]:
-    """A function that returns other hidden states in the form of a layer's ``output``."""
-    if isinstance(output, tuple):
-        return lambda hidden: (hidden, *output[1:])
-    return lambda hidden: hidden
-
-
-def _collect(
-    layer: nn.Module,
-    name: str,
-    linears: dict[Target, nn.Module],
-    hidden: list[Tensor],
-    calls: list[Call],
-) -> Iterator[tuple[list[Target], Hessian | None]]:
-    """Groups of targets that read one input, with its Hessian; None for targets never called."""
-    shared: dict[Target, Target] = {}  # target -> the first one that reads the same input
-    hessians: dict[Target, Hessian] = {}
-    inputs: dict[int, tuple[Tensor, Target]] = {}  # held, so that no address is used twice
-
-    def hook(target: Target):
-        def accumulate(module, args):
-            tensor = args[0]
-            # Whoever shares in the first sample shares in all of them.
-            leader = shared.setdefault(target, inputs.setdefault(id(tensor), (tensor, target))[1])
-            if leader is target:
-                if target not in hessians:
-                    hessians[target] = Hessian(target.k, tensor.device)
-                hessians[target].add(tensor)
-
-        return accumulate
-
-    handles = [linear.register_forward_pre_hook(hook(t)) for t, linear in linears.items()]
-    try:
-        for i, (states, call) in enumerate(zip(hidden, calls, strict=True)):
-            if not torch.isfinite(call.run(layer, states)).all():
-                raise ValueError(
-                    f"{name}: expected finite activations, got NaN or Inf in sample {i}"
-                )
-            inputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for leader in hessians:
-        yield [target for target in linears if shared.get(target) is leader], hessians[leader]
-    if unread := [target for target in linears if target not in shared]:
-        yield unread, None
+        last = index + 1 == len(layers)
+        with Visit(layer.modules(), device, dtype) as visit:
+            with phase("load"):
+                visit.bring(ahead)
+            ahead = None
+            if device.type == "cuda" and not last:
+                ahead = read_ahead(layers[index + 1].modules())
+            linears = {target: model.get_submodule(target.name) for target in plan.targets[index]}
+            if done and index < done.count:
+                results = _heard(on_result, done.results(index))
+                for result in results:
+                    _set_weight(visit, linears[result.target], result.solution)
+            else:
+                results = []
+                with phase("forward"):
+                    readings = travellers.collect(layer, name, index, linears)
+                while readings:  # each Hessian goes as soon as it has served
+                    reading = readings.pop(0)
+                    for result in _solve(reading, linears, plan.group_size, travellers, options):
+                        _set_weight(visit, linears[result.target], result.solution)
+                        results.append(result)
+                        on_result(result)
+                on_layer(index, results)
+            if not last:  # nobody reads what the last one puts out
+                with phase("forward"):
+                    travellers.advance(layer, name, index)
+            yield results
+            visit.forget_all_but(layer.parameters())
 
 
 def _solve(
-    targets: list[Target],
+    reading: Reading,
     linears: dict[Target, nn.Module],
-    hessian: Hessian | None,
     group_size: int,
+    travellers: Travellers,
     options: dict,
 ) -> Iterator[Result]:
-    """Solve layers that read one input together: they share the factorization and the loop."""
-    started = time.perf_counter()
+    """Solve layers that read one input together."""
+    targets, hessian = reading.targets, reading.hessian
     weights = [dense_weight(linears[target]) for target in targets]
-    if hessian is None:  # no sample came through: nothing better than rounding is known
-        for target, weight in zip(targets, weights, strict=True):
-            yield Result(target, solver.rtn(weight, group_size), "rtn", None, None, 0, 0.0)
-        return
-    moments = hessian.mean()
-    solution = solver.gptq(torch.cat(weights, dim=1), moments, group_size, **options)
-    start = 0
-    for target, weight in zip(targets, weights, strict=True):
-        part = solution.outputs(start, start + target.n)
-        start += target.n
-        loss = solver.output_loss(weight, part, moments)
-        rtn_loss = solver.output_loss(weight, solver.rtn(weight, group_size), moments)
-        seconds = (time.perf_counter() - started) / len(targets)
-        yield Result(target, part.cpu(), "gptq", loss, rtn_loss, hessian.tokens, seconds)
+    started = time.perf_counter()
+    tokens, dead = 0, 0
+    with phase("solve"), _naming(", ".join(target.name for target in targets)):
+        if hessian is None:  # nothing is known but the weights
+            note = robust.starved(0, targets[0].k)
+            solutions = [solver.rtn(weight, group_size, clip=True) for weight in weights]
+            attempts = [robust.Attempt(s, robust.CLIPPED_RTN, note=note) for s in solutions]
+        else:
+            tokens = hessian.tokens
+            moments = hessian.mean()
+            reading.hessian = hessian = None
+            dead = int((moments.diagonal() == 0).sum())
+            if moments.device != weights[0].device:  # its sum found no room on the GPU; now?
+                moments, weights = _together(moments, weights)
+            attempts = robust.solve(
+                weights, moments, tokens, group_size,
+                make_room=travellers.spare_memory, **options,
+            )  # fmt: skip
+    seconds = (time.perf_counter() - started) / len(targets)
+    peak = None
+    if travellers.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(travellers.device)
+        torch.cuda.reset_peak_memory_stats(travellers.device)
+    for target, attempt in zip(targets, attempts, strict=True):
+        yield Result(
+            target, attempt.solution, attempt.method, attempt.loss, attempt.rtn_loss,
+            tokens, dead, seconds, peak, attempt.note,
+        )  # fmt: skip
 
 
-def _set_weight(module: nn.Module, solution: solver.Solution) -> None:
+def _together(moments: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Hessian and weights on the GPU if it has room, else in host memory."""
+    try:
+        return moments.to(weights[0].device), weights
+    except RuntimeError as error:
+        if not robust.out_of_memory(error):
+            raise
+    return moments, [weight.cpu() for weight in weights]
+
+
+def _set_weight(visit: Visit, module: nn.Module, solution: solver.Solution) -> None:
     """Overwrite the weight with the values its codes stand for."""
-    dense_weight(module).copy_(solution.dequantize())
+    with phase("solve"):
+        values = solution.dequantize()
+    visit.change(module.weight, values if is_conv1d(module) else values.t().contiguous())
 
 
-def _to(value, device, moved: dict[int, Tensor]):
-    """``value`` with every tensor in it on ``device``; the same tensor comes out the same."""
-    if isinstance(value, Cache):
-        return None  # layers run more than once here, and must not remember
-    if isinstance(value, Tensor):
-        return moved.setdefault(id(value), value.to(device))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device, moved) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device, moved) for key, item in value.items()}
-    return value
+def _heard(on_result: Callable[[Result], None], results: list[Result]) -> list[Result]:
+    for result in results:
+        on_result(result)
+    return results
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What the solver has to say against its input, with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from error

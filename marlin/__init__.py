@@ -2,10 +2,11 @@
 
 ``matmul`` multiplies by a packed 4-bit weight; ``MarlinLinear`` is the layer around it;
 ``quantize`` replaces a model's layers; ``save_pretrained`` and ``load_pretrained`` keep whole
-models on disk.
+models on disk. ``MarlinConfig`` is for `from_pretrained` of transformers.
 ``Layer``, ``mul`` and ``replace_linear`` are the names of the published package, as it had them.
 """
 
+from marlin import integrations
 from marlin.checkpoint import CheckpointError, load_pretrained, save_pretrained
 from marlin.layer import MarlinLinear, quantize
 from marlin.ops import (
@@ -39,3 +40,13 @@ __all__ = [
     "unpack_scales",
     "why_no_cuda",
 ]
+
+integrations.install()
+
+
+def __getattr__(name: str):
+    if name == "MarlinConfig":  # its base class is transformers', which is slow, if there at all
+        from marlin.integrations.transformers import MarlinConfig
+
+        return MarlinConfig
+    raise AttributeError(f"module 'marlin' has no attribute {name!r}")

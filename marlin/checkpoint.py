@@ -3,43 +3,49 @@
 What a directory holds beside what transformers itself would write there:
   config.json           `quantization_config` with `quant_method` "marlin", `bits`, `group_size`,
                         `sym`, `modules_to_not_convert`, `format_version`
-  *.safetensors         for every packed layer `X.B` (int32 words), `X.s` (scales), `X.bias`;
+  *.safetensors         for every packed layer `X.B` (int32 words), `X.s` (scales), `X.bias`,
+                        `X.zeros` (zero points), `X.perm` (order of rows), where it has them;
                         everything else under its usual name
 transformers is imported by the functions that need it, not with this module.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import shutil
-import tempfile
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Set
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from marlin import formats, integrations
+from marlin.experts import take_apart
 from marlin.layer import (
     SCALE_DTYPES,
+    DenseLayer,
     MarlinLinear,
     PackedModule,
+    conv1d_names,
     dense_layers,
     dense_weight,
 )
+from marlin.quantized import LARGEST_ZERO
+from marlin.shards import (
+    CONFIG,
+    CheckpointError,
+    list_tensors,
+    open_shard,
+    read_json,
+    some,
+    staged,
+    write_shards,
+)
+from marlin.sources import Source, open_source
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be what it says it is."""
+OPTIONAL_PARTS = ("zeros", "perm")  # of a packed layer, whose words mean nothing without them
 
 
 # ------------------------------------------------------------------------------------- saving
@@ -75,26 +81,43 @@ def save_pretrained(model, directory, tokenizer=None, max_shard_size: int | str 
 
 
 def quantization_config(model: nn.Module) -> dict:
-    """The `quantization_config` that describes a model's Marlin layers."""
+    """The `quantization_config` that describes a model's Marlin layers, which have to be full."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule)}
     if not layers:
         raise ValueError("the model has no Marlin layers: quantize it first")
     for name, layer in layers.items():
         if layer.s.is_meta or not torch.isfinite(layer.s).all():
             raise ValueError(f"{name}: scales are not finite; was the layer ever filled?")
+    return describe_layers(model, layers)
+
+
+def describe_layers(model: nn.Module, layers: dict[str, PackedModule]) -> dict:
+    """The `quantization_config` of a model with these layers, from their shapes alone."""
     sizes = group_sizes(layers)
     usual = Counter(sizes.values()).most_common(1)[0][0]
+    lacks = {
+        part: sorted(name for name, layer in layers.items() if getattr(layer, part) is None)
+        for part in OPTIONAL_PARTS
+    }
     config = {
         "quant_method": "marlin",
         "bits": 4,
         "group_size": usual,
-        "sym": True,
+        "sym": len(lacks["zeros"]) == len(layers),
         "modules_to_not_convert": sorted({dense.name for dense in dense_layers(model)}),
         "format_version": FORMAT_VERSION,
     }
     others = {name: size for name, size in sizes.items() if size != usual}
     if others:
         config["group_size_overrides"] = others
+    if len(lacks["perm"]) < len(layers):
+        config["desc_act"] = True
+    for part, names in lacks.items():
+        if 0 < len(names) < len(layers):
+            config[f"modules_without_{part}"] = names
+    narrow = {name: getattr(layer, "out_features", None) for name, layer in layers.items()}
+    narrow = {name: n for name, n in narrow.items() if n and n != layers[name].s.shape[1]}
+    config["out_features"] = narrow  # for those who read without the model
     return config
 
 
@@ -103,14 +126,9 @@ def group_sizes(layers: dict[str, PackedModule]) -> dict[str, int]:
 
     One group of all k rows is both: it counts as the size that other layers have, if it is k.
     """
-    depths = {name: layer.B.shape[0] * 16 for name, layer in layers.items()}
-    groups = {name: layer.s.shape[0] for name, layer in layers.items()}
-    grouped = Counter(depths[name] // groups[name] for name in layers if groups[name] > 1)
-    usual = max(grouped, key=grouped.get, default=-1)
-    return {
-        name: -1 if groups[name] == 1 and depths[name] != usual else depths[name] // groups[name]
-        for name in layers
-    }
+    return formats.group_sizes(
+        {name: (layer.B.shape[0] * 16, layer.s.shape[0]) for name, layer in layers.items()}
+    )
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -130,80 +148,14 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_shards(tensors: dict[str, torch.Tensor], directory: Path, max_shard_size) -> None:
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for filename, names in split.filename_to_tensors.items():
-        shard, storages = {}, set()
-        for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if (storage := tensor.untyped_storage().data_ptr()) in storages:
-                tensor = tensor.clone()  # a file cannot hold two views of one storage
-            storages.add(storage)
-            shard[name] = tensor
-        save_file(shard, directory / filename, metadata={"format": "pt"})
-        # safetensors keeps its files to their owner; a checkpoint is like any other file.
-        (directory / filename).chmod((directory / "config.json").stat().st_mode)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder to write into, whose content takes the old checkpoint's place at the end.
-
-    It lies inside target, so that this works on mounted directories too.
-    """
-    made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield stage
-        install(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if made and not any(target.iterdir()):
-            target.rmdir()
-
-
-def install(stage: Path, target: Path) -> None:
-    """Moves the old checkpoint's files aside, the new ones in, then drops the old.
-
-    config.json goes first and comes last: whoever looks in between finds no checkpoint rather
-    than parts of two. Nothing is deleted before everything is in its place.
-    """
-    new = {path.name for path in stage.iterdir()}
-    old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
-    aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
-    config_last = lambda name: name == "config.json"  # noqa: E731
-    moves = [(target / name, aside / name) for name in sorted(old, key=config_last, reverse=True)]
-    moves += [(stage / name, target / name) for name in sorted(new, key=config_last)]
-    done = []
-    try:
-        for source, destination in moves:
-            source.rename(destination)
-            done.append((source, destination))
-    except BaseException:
-        for source, destination in reversed(done):
-            destination.rename(source)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
-
-
-def belongs(filename: str) -> bool:
-    """Whether a file is part of a checkpoint, even if a new one has none of that name."""
-    weights = filename.startswith("model") and filename.endswith(".safetensors")
-    return weights or filename in (INDEX, "generation_config.json")
-
-
 # ------------------------------------------------------------------------------------ loading
 
 
 def load_pretrained(
     directory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ):
-    """Loads a checkpoint that `save_pretrained` wrote, with `MarlinLinear` layers.
+    """Loads a quantized checkpoint onto `MarlinLinear` layers: one that `save_pretrained` wrote,
+    or any other that `marlin convert` reads (GPTQ, AWQ, compressed-tensors, older Marlin ones).
 
     The model is built without memory for its parameters, which then come from the files one
     after another, so the peak is about the size of the checkpoint. No code or pickle from the
@@ -221,12 +173,22 @@ def load_pretrained(
     Raises:
         CheckpointError: files that are missing, damaged, or do not fit the configuration.
     """
-    directory = Path(directory)
-    config, quantization = read_config(directory)
-    files = list_tensors(directory)
-    model = empty_model(config, dtype)
-    insert_layers(model, quantization, set(files))
-    fill(model, directory, files, torch.device(device), dtype)
+    directory, device = Path(directory), torch.device(device)
+    if is_native(directory):
+        config, quantization = read_config(directory)
+        files = {name: info.file for name, info in list_tensors(directory).items()}
+        model = empty_model(config, dtype)
+        integrations.adopt(model, conv1d_names(model))
+        insert_layers(model, quantization, set(files))
+    else:
+        with open_source(directory, device=device) as source:
+            config = model_config(directory)
+            files = {name: source.tensors[name].file for name in source.dense}
+            model = empty_model(config, dtype)
+            integrations.adopt(model, conv1d_names(model))
+            insert_full_layers(model, source)
+        model.config.quantization_config = quantization_config(model)
+    fill(model, directory, files, device, dtype)
     model.to(device)  # buffers that are not stored
     if model.can_generate() and (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -235,10 +197,16 @@ def load_pretrained(
     return model.eval()
 
 
+def is_native(directory: Path) -> bool:
+    """Whether its configuration is of our own format, which is loaded without unpacking it."""
+    quantization = read_json(directory / CONFIG).get("quantization_config")
+    if not isinstance(quantization, dict):
+        return False
+    return quantization.get("quant_method") == "marlin" and "is_marlin_format" not in quantization
+
+
 def read_config(directory: Path):
     """The model's configuration and its `quantization_config`, checked."""
-    from transformers import AutoConfig
-
     raw = read_json(directory / "config.json")
     quantization = raw.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "marlin":
@@ -246,73 +214,42 @@ def read_config(directory: Path):
             f"{directory}: expected quantization_config with quant_method 'marlin' in "
             f"config.json, got {quantization!r}"
         )
-    expected = {"bits": 4, "sym": True, "format_version": FORMAT_VERSION}
+    check_quantization(quantization, directory)
+    return model_config(directory), quantization
+
+
+def check_quantization(quantization: dict, where) -> None:
+    """Refuses a `quantization_config` of another format; adds the optional keys it lacks."""
+    expected = {"bits": 4, "format_version": FORMAT_VERSION}
     for key, value in expected.items():
         if quantization.get(key) != value:
             raise CheckpointError(
-                f"{directory}: quantization_config: expected {key}={value}, "
+                f"{where}: quantization_config: expected {key}={value}, "
                 f"got {quantization.get(key)!r}"
             )
-    types = {"group_size": int, "modules_to_not_convert": list, "group_size_overrides": dict}
+    quantization.setdefault("sym", None)  # has to be said
+    types = {
+        "group_size": int,
+        "sym": bool,
+        "desc_act": bool,
+        "modules_to_not_convert": list,
+        "modules_without_zeros": list,
+        "modules_without_perm": list,
+        "group_size_overrides": dict,
+    }
     for key, kind in types.items():
         if not isinstance(quantization.setdefault(key, kind()), kind):
-            raise CheckpointError(f"{directory}: quantization_config: {key} must be {kind}")
+            raise CheckpointError(f"{where}: quantization_config: {key} must be {kind}")
+
+
+def model_config(directory: Path):
+    """The `transformers.PretrainedConfig` in a directory."""
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a configuration class makes of a bad file
         raise CheckpointError(f"{directory}: config.json: {error}") from error
-    return config, quantization
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def list_tensors(directory: Path) -> dict[str, str]:
-    """Every tensor's file, from the index and from the files themselves."""
-    if (directory / INDEX).is_file():
-        claimed = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(claimed, dict) or not claimed:
-            raise CheckpointError(f"{directory / INDEX}: no weight_map")
-        for filename in claimed.values():
-            # An index comes with the download: it may name files of this directory only.
-            plain = isinstance(filename, str) and filename == Path(filename).name
-            if not plain or not filename.endswith(".safetensors") or "\\" in filename:
-                raise CheckpointError(f"{directory / INDEX}: bad file name {filename!r}")
-    else:
-        claimed = None
-    found = {}
-    for filename in sorted(set(claimed.values())) if claimed else [WEIGHTS]:
-        with open_shard(directory / filename) as shard:
-            for name in shard.keys():  # noqa: SIM118 (a safe_open is no dict)
-                if name in found:
-                    raise CheckpointError(f"{directory}: {name} is in two files")
-                found[name] = filename
-    if claimed is not None and claimed != found:
-        wrong = sorted(n for n in claimed | found if claimed.get(n) != found.get(n))
-        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
-    return found
-
-
-@contextlib.contextmanager
-def open_shard(path: Path, device: str = "cpu") -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt", device=device) as shard:
-            yield shard
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def empty_model(config, dtype: torch.dtype | None):
@@ -347,22 +284,21 @@ def empty_model(config, dtype: torch.dtype | None):
 
 def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None:
     """Puts an empty MarlinLinear where the files have one, checked against the configuration."""
+    take_apart(model, names)
     own = model.state_dict().keys()
     packed = {name.removesuffix(".B") for name in names - own if name.endswith(".B")}
     kept = set(map(str, quantization["modules_to_not_convert"]))
     overrides = quantization["group_size_overrides"]
-    places = defaultdict(list)  # a layer may hang in several
-    for dense in dense_layers(model):
-        places[dense.module].append(dense)
-
-    if unknown := packed - {dense.name for found in places.values() for dense in found}:
-        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    has = parts_of_layers(quantization, packed, names - own)
+    places = places_of(model, packed)
+    tied = getattr(model, "all_tied_weights_keys", {}).keys()
     if both := packed & kept:
         raise CheckpointError(f"packed, but in modules_to_not_convert: {some(both)}")
     for linear, found in places.items():
         name = next((dense.name for dense in found if dense.name in packed), None)
         if name is None:
-            if not any(dense.name in kept for dense in found):
+            weights = {f"{dense.name}.weight" for dense in found}
+            if not weights & tied and not any(dense.name in kept for dense in found):
                 raise CheckpointError(
                     f"{found[0].name}: missing tensor {found[0].name}.B, "
                     "and modules_to_not_convert does not list it"
@@ -371,11 +307,75 @@ def insert_layers(model: nn.Module, quantization: dict, names: set[str]) -> None
         k, n = dense_weight(linear).shape
         size = overrides.get(name, quantization["group_size"])
         try:
-            layer = MarlinLinear(k, n, linear.bias is not None, group_size=size, device="meta")
+            layer = MarlinLinear(
+                k,
+                n,
+                linear.bias is not None or f"{name}.bias" in names,
+                group_size=size,
+                zeros=name in has["zeros"],
+                act_order=name in has["perm"],
+                device="meta",
+            )
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{name}: {error}") from error
         for dense in found:
             dense.replace(layer)
+
+
+def insert_full_layers(model: nn.Module, source: Source) -> None:
+    """Puts a MarlinLinear where a checkpoint in another format has a packed layer. Only its bias
+    is still to come: that is a tensor like any other."""
+    take_apart(model, source.tensors.keys())
+    for linear, found in places_of(model, source.layers.keys()).items():
+        name = next((dense.name for dense in found if dense.name in source.layers), None)
+        if name is None:
+            continue
+        weight = source.read(name, source.parts(name))
+        if weight.codes.shape != dense_weight(linear).shape:
+            raise CheckpointError(
+                f"{name}: expected a weight (k, n) = {tuple(dense_weight(linear).shape)}, "
+                f"got {tuple(weight.codes.shape)}"
+            )
+        try:
+            layer = MarlinLinear.from_quantized(
+                weight.codes, weight.scales, None, weight.zeros, weight.g_idx
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if linear.bias is not None or f"{name}.bias" in source.tensors:
+            layer.bias = weight.scales.new_empty(layer.out_features, device="meta")
+        for dense in found:
+            dense.replace(layer)
+
+
+def places_of(model: nn.Module, packed: Set[str]) -> dict[nn.Module, list[DenseLayer]]:
+    """Where each dense layer hangs (it may be several places), if there is one for all packed."""
+    places = defaultdict(list)
+    for dense in dense_layers(model):
+        places[dense.module].append(dense)
+    if unknown := packed - {dense.name for found in places.values() for dense in found}:
+        raise CheckpointError(f"packed weights for what is no linear layer: {some(unknown)}")
+    return places
+
+
+def parts_of_layers(quantization: dict, packed: set[str], names: set[str]) -> dict[str, set[str]]:
+    """The packed layers that have zeros, and those that have a perm.
+
+    The configuration says so beside the files: words whose zeros got lost would still look like a
+    layer.
+    """
+    anywhere = {"zeros": not quantization["sym"], "perm": quantization["desc_act"]}
+    has = {}
+    for part in OPTIONAL_PARTS:
+        without = set(map(str, quantization[f"modules_without_{part}"]))
+        claimed = packed - without if anywhere[part] else set()
+        found = {name.removesuffix(f".{part}") for name in names if name.endswith(f".{part}")}
+        if missing := claimed - found:
+            raise CheckpointError(f"by the configuration, {part} missing in {some(missing)}")
+        if unexpected := found - claimed:
+            raise CheckpointError(f"by the configuration, no {part} in {some(unexpected)}")
+        has[part] = found
+    return has
 
 
 def fill(
@@ -387,19 +387,32 @@ def fill(
 ) -> None:
     """Reads every tensor into the model's parameters and persistent buffers."""
     slots = list_slots(model)
+    files = {n: file for n, file in files.items() if n in slots or not is_obsolete(model, n)}
     if unexpected := files.keys() - slots.keys():
         raise CheckpointError(f"{directory}: unexpected tensors: {some(unexpected)}")
-    filled = set()
+    filled = {id(slot) for slot in slots.values() if slot.is_full()}
+    if both := [name for name in files if id(slots[name]) in filled]:
+        raise CheckpointError(f"{directory}: stored in two formats: {some(both)}")
     for filename in sorted(set(files.values())):
         with open_shard(directory / filename, str(device)) as shard:
             for name in sorted(n for n, f in files.items() if f == filename):
                 slot = slots[name]
                 if id(slot) in filled:
-                    raise CheckpointError(f"{directory}: {name} is tied and stored twice")
+                    if not slot.holds(shard.get_tensor(name)):
+                        raise CheckpointError(
+                            f"{directory}: {name} is tied and stored twice, with other values"
+                        )
+                    continue
                 filled.add(id(slot))
                 slot.set(name, shard.get_tensor(name), dtype)
     if missing := {name for name, slot in slots.items() if id(slot) not in filled}:
         raise CheckpointError(f"{directory}: missing tensors: {some(missing)}")
+
+
+def is_obsolete(model: nn.Module, name: str) -> bool:
+    """Whether a checkpoint of an older program may hold a tensor that the model computes now."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return name.endswith("rotary_emb.inv_freq") or any(re.search(p, name) for p in patterns)
 
 
 class Slot:
@@ -413,6 +426,8 @@ class Slot:
         module, attribute = self.places[0]
         scales = isinstance(module, PackedModule) and attribute == "s"
         self.check(name, tensor, scales)
+        if isinstance(module, PackedModule):
+            check_part(name, tensor, attribute)
         floating = tensor.is_floating_point()
         if dtype is not None and floating and not scales:
             tensor = tensor.to(dtype)
@@ -422,6 +437,17 @@ class Slot:
             # Not setattr: models may wrap it, and the kind of entry does not change.
             entries = module._parameters if attribute in module._parameters else module._buffers
             entries[attribute] = tensor
+
+    def is_full(self) -> bool:
+        """Whether `insert_full_layers` put it there."""
+        module, attribute = self.places[0]
+        packed = isinstance(module, PackedModule) and attribute in ("B", "s", "zeros", "perm")
+        return packed and not self.current.is_meta
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        module, attribute = self.places[0]
+        current = getattr(module, attribute)
+        return current.shape == tensor.shape and torch.equal(current, tensor.to(current.dtype))
 
     def check(self, name: str, tensor: torch.Tensor, scales: bool) -> None:
         expected = self.current
@@ -441,6 +467,18 @@ class Slot:
             raise CheckpointError(f"{name}: expected {expected.dtype}, got {tensor.dtype}")
 
 
+def check_part(name: str, tensor: torch.Tensor, attribute: str) -> None:
+    """Values that the operators take on trust."""
+    if attribute == "zeros" and tensor.max() > LARGEST_ZERO:
+        raise CheckpointError(
+            f"{name}: expected values 0 to {LARGEST_ZERO}, got {tensor.max().item()}"
+        )
+    if attribute == "perm":
+        in_order = torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        if not torch.equal(tensor.sort().values, in_order):
+            raise CheckpointError(f"{name}: expected each of 0 to {tensor.numel() - 1} once")
+
+
 def list_slots(model: nn.Module) -> dict[str, Slot]:
     """What a state dict of the model would hold, by name; tied names share their slot."""
     slots, by_tensor = {}, {}
@@ -453,9 +491,3 @@ def list_slots(model: nn.Module) -> dict[str, Slot]:
             slot.places.append((module, attribute))
             slots[f"{path}.{attribute}".lstrip(".")] = slot
     return slots
-
-
-def some(names) -> str:
-    """A few of many names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

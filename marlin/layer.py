@@ -10,68 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from marlin import ops
-
-SCALE_DTYPES = (torch.float16, torch.bfloat16)
-
-
-def resolve_group_size(in_features: int, group_size: int) -> int:
-    """The number of rows that share a scale; -1 stands for all of them.
-
-    Raises ValueError where the format cannot hold the layer, and says which sizes it could.
-    """
-    size = in_features if group_size == -1 else group_size
-    if in_features <= 0 or in_features % ops.TILE_ROWS:
-        raise ValueError(
-            f"in_features must be a positive multiple of {ops.TILE_ROWS}, got {in_features}"
-        )
-    fitting = [g for g in ops.GROUP_SIZES if in_features % g == 0]
-    if size in fitting or size == in_features:
-        return size
-    raise ValueError(
-        f"group_size={group_size} does not fit in_features={in_features}; sizes that do: "
-        + ", ".join(map(str, [*fitting, "-1 (one scale per column)"]))
-    )
-
-
-class PackedModule(nn.Module):
-    """What every layer with packed weights shares: buffers `B` (words) and `s` (scales).
-
-    Casting a model (`.half()`, `.bfloat16()`, `.float()`, `.to(dtype)`) leaves `s` alone. The
-    kernels take FP16 and BF16 scales whatever the activations are, a cast would only round
-    them, and FP32 scales would be useless. Moves between devices work as for any module.
-    """
-
-    B: torch.Tensor
-    s: torch.Tensor
-    bias: torch.Tensor | None
-
-    def _apply(self, fn, recurse=True):
-        dtype, was_meta = self.s.dtype, self.s.is_meta
-        # fn may cast floating-point tensors: show it the scales as integers of the same size.
-        self._buffers["s"] = self.s.view(torch.int16)
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers["s"] = self.s.view(dtype)
-        if was_meta and not self.s.is_meta:  # to_empty(): memory nobody has written
-            mark_empty(self)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # A layer keeps its checkpoint's scales: take over their type rather than round them.
-        loaded = state_dict.get(prefix + "s")
-        dtype = loaded.dtype if torch.is_tensor(loaded) else None
-        if dtype in SCALE_DTYPES and dtype != self.s.dtype:
-            self._buffers["s"] = torch.empty_like(self.s, dtype=dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def mark_empty(layer: PackedModule) -> None:
-    """NaN scales and bias, so that forgetting to load can never look like a result."""
-    layer.s.fill_(float("nan"))
-    if layer.bias is not None:
-        layer.bias.fill_(float("nan"))
+from marlin import integrations, ops
+from marlin.packed import SCALE_DTYPES, PackedModule, mark_empty, padded, resolve_group_size
+from marlin.quantized import Quantized
 
 
 class MarlinLinear(PackedModule):
@@ -80,6 +21,10 @@ class MarlinLinear(PackedModule):
     Buffers, and so the state dict, are `B` int32 (k/16, 2n), `s` FP16 or BF16 (groups, n) and,
     if there is one, `bias` (out_features,). There n is out_features rounded up to a multiple of
     64, since the format has whole tiles only; results are cut back to out_features.
+
+    A weight is (code - 8) * scale; with `zeros`, uint8 (groups, n) in the order of `s`, it is
+    (code - zero) * scale. With `perm`, int32 (k,), row i of `B` is row perm[i] of the weight:
+    rows of a group need not be neighbours ("act-order"), and the activations are gathered.
 
     A new layer is empty: its scales are NaN until a state dict is loaded. `from_quantized` and
     `from_linear` make full ones.
@@ -94,6 +39,8 @@ class MarlinLinear(PackedModule):
         out_features: any.
         bias: whether there is one.
         group_size: rows that share a scale: 32, 64, 128, or -1 for one scale per column.
+        zeros: whether there are zero points.
+        act_order: whether rows are stored in an order of their own.
         dtype: of scales and bias, torch.float16 or torch.bfloat16.
         device: of the buffers.
 
@@ -108,6 +55,8 @@ class MarlinLinear(PackedModule):
         bias: bool = False,
         *,
         group_size: int = 128,
+        zeros: bool = False,
+        act_order: bool = False,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ):
@@ -128,47 +77,54 @@ class MarlinLinear(PackedModule):
         self.register_buffer(
             "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
+        if zeros:
+            self.zeros = torch.empty(groups, stored, dtype=torch.uint8, device=device)
+        if act_order:
+            self.perm = torch.empty(in_features, dtype=torch.int32, device=device)
         mark_empty(self)
 
     @classmethod
     def from_quantized(
-        cls, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        g_idx: torch.Tensor | None = None,
     ) -> MarlinLinear:
-        """A layer whose weight is `(codes - 8) * scales`.
+        """A layer whose weight is `(codes - 8) * scales`, or `(codes - zeros) * scales`.
 
         Args:
             codes: uint8 (k, n), values 0 to 15.
             scales: FP16 or BF16 (groups, n); groups divide k.
             bias: (n,), or None; stored in the type of the scales.
+            zeros: uint8 (groups, n), values 0 to 16, or None.
+            g_idx: int32 or int64 (k,), the group of each row, as many rows in one as in another;
+                None for runs of k / groups rows.
 
         Raises:
-            ValueError: shapes, types or codes that do not fit.
+            ValueError: shapes, types or values that do not fit.
         """
-        if codes.dim() != 2 or scales.dim() != 2 or codes.shape[1] != scales.shape[1]:
-            raise ValueError(
-                "expected codes (k, n) and scales (groups, n), "
-                f"got {tuple(codes.shape)} and {tuple(scales.shape)}"
-            )
+        weight = Quantized(codes, scales, zeros, g_idx)
+        weight.check()
         k, n = codes.shape
-        groups = scales.shape[0]
-        if groups == 0 or k % groups:
-            raise ValueError(f"{groups} groups of scales do not divide k={k}")
-        if codes.dtype != torch.uint8:
-            raise ValueError(f"codes must be torch.uint8, got {codes.dtype}")
-        if not codes.is_meta and codes.numel() and codes.max() > 15:
-            raise ValueError(f"codes must be 0 to 15, got {codes.max().item()}")
         if bias is not None and bias.shape != (n,):
             raise ValueError(f"bias must be ({n},), got {tuple(bias.shape)}")
         # Everything is about to be replaced: build the frame without memory.
-        layer = cls(
-            k, n, bias is not None, group_size=k // groups, dtype=scales.dtype, device="meta"
-        )
+        size = k // scales.shape[0]
+        layer = cls(k, n, bias is not None, group_size=size, dtype=scales.dtype, device="meta")
+        if (order := weight.row_order()) is not None:
+            codes = codes.index_select(0, order)
+            layer.perm = order.to(torch.int32)
         extra = padded(n) - n
         if extra:
-            codes = F.pad(codes, (0, extra), value=8)
+            codes = F.pad(codes, (0, extra), value=ops.CODE_ZERO)
             scales = F.pad(scales, (0, extra))
+            zeros = None if zeros is None else F.pad(zeros, (0, extra), value=ops.CODE_ZERO)
         layer.B = ops.pack(codes.contiguous())
         layer.s = ops.pack_scales(scales.contiguous())
+        if zeros is not None:
+            layer.zeros = ops.pack_scales(zeros.contiguous())
         if bias is not None:
             layer.bias = bias.detach().to(codes.device, scales.dtype, copy=True)
         return layer
@@ -193,6 +149,10 @@ class MarlinLinear(PackedModule):
         codes, scales = round_to_nearest(weight, group_size, dtype)
         return cls.from_quantized(codes, scales, linear.bias)
 
+    @property
+    def columns(self) -> int:
+        return self.out_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), of x's type."""
         kind = x.device.type
@@ -203,31 +163,32 @@ class MarlinLinear(PackedModule):
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
-        extra = self.s.shape[1] - self.out_features
+        buffers = self._buffers  # attributes of a module would take longer than all else here
+        b, s, zeros, perm = buffers["B"], buffers["s"], buffers["zeros"], buffers["perm"]
+        bias = self.bias  # may have become a parameter
+        if perm is not None and x.shape[-1:] == perm.shape:  # if not, the operator says so
+            x = x.index_select(-1, perm)
+        extra = s.shape[1] - self.out_features
         if not extra:
-            return ops.matmul(x, self.B, self.s, bias)
+            return ops.matmul(x, b, s, bias, None, zeros)
         if bias is not None:
             bias = F.pad(bias, (0, extra))
-        y = ops.matmul(x, self.B, self.s, bias)
+        y = ops.matmul(x, b, s, bias, None, zeros)
         return y[..., : self.out_features].contiguous()
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight (out_features, in_features), as `nn.Linear` holds it."""
-        weight = ops.dequantize(self.B, self.s)
-        return weight[:, : self.out_features].t().contiguous()
+        weight = ops.dequantize(self.B, self.s, zeros=self.zeros)
+        return self._natural_rows(weight[:, : self.out_features]).t().contiguous()
 
     def extra_repr(self) -> str:
         group = -1 if self.group_size == self.in_features else self.group_size
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, group_size={group}, dtype={self.s.dtype}"
+            + (", zeros=True" if self.zeros is not None else "")
+            + (", act_order=True" if self.perm is not None else "")
         )
-
-
-def padded(columns: int) -> int:
-    """The stored width of a layer of that many output columns."""
-    return -(-columns // ops.TILE_COLUMNS) * ops.TILE_COLUMNS
 
 
 def round_to_nearest(
@@ -286,6 +247,10 @@ def dense_layers(model: nn.Module, prefix: str = "") -> Iterator[DenseLayer]:
                 yield DenseLayer(f"{path}.{attribute}".lstrip("."), parent, attribute, child)
 
 
+def conv1d_names(model: nn.Module) -> list[str]:
+    return [dense.name for dense in dense_layers(model) if is_conv1d(dense.module)]
+
+
 def quantize(
     model: nn.Module,
     group_size: int = 128,
@@ -295,7 +260,7 @@ def quantize(
 ) -> list[str]:
     """Rounds every dense layer of a model to 4 bits, in place, without calibration.
 
-    Quick, and a baseline for `python -m gptq quantize`, which loses less.
+    Quick, and a baseline for `marlin quantize`, which loses less.
 
     Args:
         model: anything with `nn.Linear` or `Conv1D` layers.
@@ -307,6 +272,7 @@ def quantize(
         The names of the layers that stay dense: the skipped, and those group_size does not fit.
     """
     kept, done = [], {}
+    transposed = conv1d_names(model)
     for dense in dense_layers(model):
         name, linear = dense.name, dense.module
         fits = True
@@ -320,4 +286,5 @@ def quantize(
         if linear not in done:  # shared layers stay shared
             done[linear] = MarlinLinear.from_linear(linear, group_size, dtype)
         dense.replace(done[linear].train(linear.training))
+    integrations.adopt(model, transposed)
     return kept

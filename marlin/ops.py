@@ -14,6 +14,7 @@ from torch import Tensor
 _HERE = Path(__file__).parent
 TILE_ROWS = 16  # rows (k) and columns (n) of a tile of the packed weight
 TILE_COLUMNS = 64
+CODE_ZERO = 8  # the code of zero, where a weight has no zero points
 GROUP_SIZES = (32, 64, 128)  # beside one group for all of k ("per column")
 
 
@@ -67,7 +68,7 @@ def _refuse_cuda(name: str):
 
 
 OPERATORS = ("mul", "mul.out", "mul_inference", "pack", "unpack", "pack_scales", "unpack_scales",
-             "dequantize")  # fmt: skip
+             "dequantize", "quantize_columns", "trial_losses")  # fmt: skip
 if _why_no_cuda is not None:
     for _name in OPERATORS:
         torch.library.impl(f"marlin::{_name}", "CUDA", _refuse_cuda(_name))
@@ -77,7 +78,7 @@ if _why_no_cuda is not None:
 # goes through torch._check; types and devices are checked by the real operators.
 
 
-def _fake_mul(a, b, s, bias=None, config=None):
+def _fake_mul(a, b, s, bias=None, config=None, zeros=None, weight_type=None):
     torch._check(a.dim() > 0, lambda: "marlin::mul: a: expected (..., k), got a scalar")
     torch._check(
         a.shape[-1] == b.shape[0] * TILE_ROWS,
@@ -94,8 +95,8 @@ torch.library.register_fake("marlin::mul_inference", _fake_mul)
 
 
 @torch.library.register_fake("marlin::mul.out")
-def _fake_mul_out(a, b, s, bias=None, config=None, *, out):
-    _fake_mul(a, b, s, bias, config)
+def _fake_mul_out(a, b, s, bias=None, config=None, zeros=None, weight_type=None, *, out):
+    _fake_mul(a, b, s, bias, config, zeros, weight_type)
 
 
 @torch.library.register_fake("marlin::pack")
@@ -120,34 +121,50 @@ def _fake_unpack_scales(s):
 
 
 @torch.library.register_fake("marlin::dequantize")
-def _fake_dequantize(b, s, dtype=None):
+def _fake_dequantize(b, s, dtype=None, zeros=None, weight_type=None):
     return b.new_empty((b.shape[0] * TILE_ROWS, b.shape[1] // 2), dtype=dtype or s.dtype)
+
+
+@torch.library.register_fake("marlin::quantize_columns")
+def _fake_quantize_columns(work, coupling, scale, current=None):
+    return torch.empty_like(work), torch.empty_like(work)
+
+
+@torch.library.register_fake("marlin::trial_losses")
+def _fake_trial_losses(work, coupling, weights, scales):
+    return torch.empty_like(scales)
 
 
 # The gradient: Y = a · W + bias is linear, and W is frozen.
 
 
 def _save_for_backward(ctx, inputs, output):
-    _a, b, s, bias, _config = inputs
-    ctx.save_for_backward(b, s)
+    _a, b, s, bias, _config, zeros, _weight_type = inputs
+    ctx.save_for_backward(b, s, zeros)
     ctx.bias_dtype = bias.dtype if bias is not None and bias.requires_grad else None
 
 
 def _backward(ctx, grad):
-    b, s = ctx.saved_tensors
+    b, s, zeros = ctx.saved_tensors
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_a = grad @ _ops.dequantize(b, s, grad.dtype).t()
+        grad_a = grad @ _ops.dequantize(b, s, grad.dtype, zeros).t()
     if ctx.bias_dtype is not None:
         grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_a, None, None, grad_bias, None
+    return grad_a, None, None, grad_bias, None, None, None
 
 
 torch.library.register_autograd("marlin::mul", _backward, setup_context=_save_for_backward)
 
 
 def matmul(
-    a: Tensor, b: Tensor, s: Tensor, bias: Tensor | None = None, config: str | None = None
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    bias: Tensor | None = None,
+    config: str | None = None,
+    zeros: Tensor | None = None,
+    weight_type: str | None = None,
 ) -> Tensor:
     """``a · W + bias`` with the packed weight ``W``, differentiable in ``a`` and ``bias``.
 
@@ -159,6 +176,10 @@ def matmul(
             or groups of 32, 64 or 128 rows.
         bias: (n,) in any of the three types, or None.
         config: name of a kernel configuration, for tests; the best is chosen without.
+        zeros: uint8 (groups, n) in the order of ``s`` (``pack_scales`` takes them too), values 0 to
+            16: a weight is (code - zero) · scale. Without, every zero is 8. On CUDA only the simple
+            kernel knows them.
+        weight_type: "uint4" with zeros, "uint4b8" without; follows from them where it is not said.
 
     Returns:
         (..., n) of a's dtype, accumulated in float32.
@@ -169,8 +190,8 @@ def matmul(
     # A registered gradient costs a call microseconds even where none is needed.
     needs_grad = a.requires_grad or (bias is not None and bias.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        return _ops.mul.default(a, b, s, bias, config)
-    return _ops.mul_inference.default(a, b, s, bias, config)
+        return _ops.mul.default(a, b, s, bias, config, zeros, weight_type)
+    return _ops.mul_inference.default(a, b, s, bias, config, zeros, weight_type)
 
 
 def matmul_out(
@@ -180,9 +201,11 @@ def matmul_out(
     out: Tensor,
     bias: Tensor | None = None,
     config: str | None = None,
+    zeros: Tensor | None = None,
+    weight_type: str | None = None,
 ) -> None:
     """Like `matmul`, written to ``out`` (..., n): contiguous, of a's dtype. Not differentiable."""
-    _ops.mul.out(a, b, s, bias, config, out=out)
+    _ops.mul.out(a, b, s, bias, config, zeros, weight_type, out=out)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -200,15 +223,43 @@ def unpack(b: Tensor) -> Tensor:
 
 
 def pack_scales(scales: Tensor) -> Tensor:
-    """Reorders scales (groups, n) from column order into Marlin's. One group is "per column"."""
+    """Reorders scales, or zero points (uint8), (groups, n) from column order into Marlin's.
+
+    One group is "per column", which has an order of its own.
+    """
     return _ops.pack_scales.default(scales)
 
 
 def unpack_scales(s: Tensor) -> Tensor:
-    """Reorders scales (groups, n) from Marlin's order into column order."""
+    """Reorders scales or zero points (uint8) (groups, n) from Marlin's order into column order."""
     return _ops.unpack_scales.default(s)
 
 
-def dequantize(b: Tensor, s: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (k, n) = (code - 8) · scale, rounded to ``dtype`` (default: that of ``s``)."""
-    return _ops.dequantize.default(b, s, dtype)
+def dequantize(
+    b: Tensor,
+    s: Tensor,
+    dtype: torch.dtype | None = None,
+    zeros: Tensor | None = None,
+    weight_type: str | None = None,
+) -> Tensor:
+    """The weight (k, n) = (code - zero) · scale, rounded to ``dtype`` (default: that of ``s``).
+
+    ``zeros`` and ``weight_type`` are `matmul`'s: without zeros, all are 8.
+    """
+    return _ops.dequantize.default(b, s, dtype, zeros, weight_type)
+
+
+def quantize_columns(
+    work: Tensor, coupling: Tensor, scale: Tensor, current: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's column loop over a segment, one fused kernel: see ``gptq.columns``, which explains it.
+
+    work: float32 (rows ≤ 128, n), contiguous. coupling: (rows, rows). scale: (n,). current: like
+    work, or None. Returns (codes, moved), float32 (rows, n) each.
+    """
+    return _ops.quantize_columns.default(work, coupling, scale, current)
+
+
+def trial_losses(work: Tensor, coupling: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """What that loop would lose under each of ``scales`` (candidates, n): float32 of that shape."""
+    return _ops.trial_losses.default(work, coupling, weights, scales)

@@ -29,6 +29,13 @@ def sweep() -> int:
                 y = ops.matmul(a, weight.b, weight.s, bias, config)
                 check_product(y, a, values, bias)
                 problems += 1
+            weight = random_weight(k, n, group_size, dtype=dtype, device="cuda", zeros=True)
+            values = weight.values()
+            assert torch.equal(ops.unpack_scales(weight.z), weight.zeros)
+            unpacked = ops.dequantize(weight.b, weight.s, torch.float32, weight.z)
+            assert torch.equal(unpacked, values.float())
+            check_product(ops.matmul(a, weight.b, weight.s, bias, zeros=weight.z), a, values, bias)
+            problems += 1
     torch.cuda.synchronize()
     return problems
 

@@ -37,8 +37,8 @@ FOREIGN = {  # outside headers, and the only rooms that may include them
     "CUDA": (re.compile(r"cuda|cub/|cute/|cutlass/|cooperative_groups|nv/"), CUDA_ROOMS),
 }
 
-# Files of the Python packages that may import transformers.
-INTEGRATIONS = re.compile(r"marlin/(checkpoint|integrations/\w+)\.py|gptq/(walk|export)\.py")
+# Files of the Python packages that may import transformers (and peft).
+INTEGRATIONS = re.compile(r"marlin/(checkpoint|integrations/\w+)\.py|gptq/(walk|record|export)\.py")
 
 
 def without_comments(text: str) -> str:
@@ -103,11 +103,14 @@ def check_python(path: str, text: str) -> list[str]:
     found = []
     for name, at_top in imports(tree):
         first = name.split(".")[0]
-        if first == "transformers" and package in ("marlin", "gptq"):
+        if first in ("transformers", "peft") and package in ("marlin", "gptq"):
             if not INTEGRATIONS.fullmatch(path):
-                found.append(f"{path}: only integration files import transformers")
-            elif at_top and package == "marlin":
-                found.append(f"{path}: marlin imports transformers inside functions")
+                found.append(f"{path}: only integration files import {first}")
+            elif at_top and path == "marlin/checkpoint.py":
+                found.append(f"{path}: comes with `import marlin`: {first} inside functions only")
+        integration = name.startswith("marlin.integrations.")
+        if at_top and integration and not path.startswith("marlin/integrations/"):
+            found.append(f"{path}: integrations are imported inside functions")
         if package == "marlin" and first in ("gptq", "bench", "demo"):
             if path != "marlin/cli.py":
                 found.append(f"{path}: marlin never imports {first}")
@@ -162,11 +165,13 @@ IMPORT = """
 import sys
 for name in {blocked}:
     sys.modules[name] = None  # importing it fails
-import marlin
+from marlin import *
 """
 
 
-@pytest.mark.parametrize("blocked", [["marlin.host"], ["transformers", "gptq", "bench"]], ids=str)
+@pytest.mark.parametrize(
+    "blocked", [["marlin.host"], ["transformers", "peft", "gptq", "bench"]], ids=str
+)
 def test_import_marlin_needs_neither(blocked):
     code = IMPORT.format(blocked=blocked)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -241,6 +246,8 @@ def test_the_cpp_check_lets_pass(path, text):
         ("marlin/layer.py", "def f():\n    from transformers.pytorch_utils import Conv1D"),
         ("marlin/checkpoint.py", "from transformers import AutoConfig"),
         ("marlin/checkpoint.py", "try:\n    import transformers\nexcept ImportError:\n    pass"),
+        ("marlin/layer.py", "def f():\n    import peft"),
+        ("marlin/layer.py", "from marlin.integrations.transformers import MarlinConfig"),
         ("gptq/solver.py", "import transformers as t"),
         ("gptq/solver.py", "import importlib\nt = importlib.import_module('transformers')"),
         ("marlin/layer.py", "import gptq"),
@@ -259,7 +266,9 @@ def test_the_python_check_finds(path, text):
     [
         ("marlin/ops.py", "import torch\ny = torch.ops.marlin.mul(a, b, s)"),
         ("marlin/checkpoint.py", "def f():\n    import transformers"),
-        ("marlin/integrations/hf.py", "def f():\n    import transformers"),
+        ("marlin/integrations/hf.py", "import transformers\nfrom marlin.integrations import x"),
+        ("marlin/__init__.py", "from marlin import integrations"),
+        ("marlin/__init__.py", "def f():\n    from marlin.integrations.hf import Config"),
         ("marlin/cli.py", "def f():\n    import gptq"),
         ("gptq/export.py", "import transformers\nfrom marlin.layer import MarlinLinear"),
         ("gptq/solver.py", "'''torch.ops.marlin, in words'''\nimport torch.nn"),

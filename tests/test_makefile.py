@@ -51,7 +51,7 @@ def fake_python(tree, fails_on):
 
 def test_help_names_every_target():
     text = make(ROOT, "help").stdout
-    for target in ["test", "demo", "lint", "format", "bench", "sanitize", "setup", "clean"]:
+    for target in ["test", "fuzz", "demo", "lint", "format", "bench", "sanitize", "setup", "clean"]:
         assert f"make {target} " in text
 
 

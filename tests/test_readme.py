@@ -1,6 +1,7 @@
 """What the README tells people to type works."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import marlin
+from marlin import cli
+from marlin.convert import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,39 +33,52 @@ def working_folder(tmp_path, monkeypatch):
     model = transformers.LlamaForCausalLM(config).half()
     marlin.quantize(model)
     marlin.save_pretrained(model, tmp_path / "llama-4bit")
+    convert(tmp_path / "llama-4bit", tmp_path / "somebodys-gptq-model", "gptq")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_examples_run(number, working_folder):
-    names = {}
-    exec(blocks("python")[number], names)
+    block, names = blocks("python")[number], {}
+    if "peft" in block:
+        pytest.importorskip("peft")
+    exec(block, names)
     for name in ("y", "C"):
         if name in names:
             assert torch.isfinite(names[name]).all()
 
 
 def test_there_are_examples():
-    assert len(blocks("python")) == 5
-    assert len(blocks("sh")) == 3
+    assert len(blocks("python")) == 6
+    assert len(blocks("sh")) == 4
+
+
+def test_marlin_commands_run(working_folder):
+    """Those that need no more than the checkpoint that is there, and one that somebody made."""
+    commands = re.findall(r"^marlin ((?:convert|info) .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)) == 0
+    assert marlin.load_pretrained("llama-for-vllm").config.model_type == "llama"
 
 
 def test_commands_exist():
     commands = "\n".join(blocks("sh"))
     for target in re.findall(r"^make (\w+)", commands, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for module, command in re.findall(r"python -m (\w+) (\w+)", commands):
+    for command in sorted(set(re.findall(r"^marlin (\w+)", commands, re.MULTILINE))):
         run = subprocess.run(
-            [sys.executable, "-m", module, command, "--help"],
+            [sys.executable, "-m", "marlin", command, "--help"],
             cwd=ROOT,
             capture_output=True,
             text=True,
         )
         assert run.returncode == 0, run.stderr
-        line = next(line for line in commands.splitlines() if f"-m {module} {command}" in line)
-        for option in re.findall(r"--[\w-]+", line):
-            assert option in run.stdout
+        for line in commands.splitlines():
+            if line.startswith(f"marlin {command} "):
+                for option in re.findall(r"--[\w-]+", line):
+                    assert option in run.stdout
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "csrc/README.md"])

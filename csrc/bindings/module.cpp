@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -54,9 +55,11 @@ struct Weight {
   int64_t k, n, groups;
 };
 
-int64_t check_scales(const py::array& s) {
-  expect_array(s, "scales", py::dtype("float16"), "float16 (groups, n)");
-  expect(s.shape(0) > 0 && s.shape(1) > 0 && s.shape(1) % kTileColumns == 0, "scales",
+// Scales, or zero points of `type` uint8.
+int64_t check_scales(const py::array& s, const char* argument = "scales",
+                     const char* type = "float16") {
+  expect_array(s, argument, py::dtype(type), std::string(type) + " (groups, n)");
+  expect(s.shape(0) > 0 && s.shape(1) > 0 && s.shape(1) % kTileColumns == 0, argument,
          "(groups, n) with n a multiple of 64", s);
   return s.shape(0);
 }
@@ -101,25 +104,43 @@ py::array unpack(const py::array& b) {
   return codes;
 }
 
-template <auto reorder>
-py::array reorder_scales(const py::array& scales) {
-  const int64_t groups = check_scales(scales), n = scales.shape(1);
-  py::array result(py::dtype("float16"), {groups, n});
-  const auto* source = static_cast<const uint16_t*>(scales.data());
-  auto* target = static_cast<uint16_t*>(result.mutable_data());
+template <typename Element>
+void reorder_rows(const py::array& scales, bool pack, py::array& result) {
+  const int64_t groups = scales.shape(0), n = scales.shape(1);
+  const auto reorder = pack ? cpu::pack_scale_row<Element> : cpu::unpack_scale_row<Element>;
+  const auto* source = static_cast<const Element*>(scales.data());
+  auto* target = static_cast<Element*>(result.mutable_data());
   for (int64_t group = 0; group < groups; ++group)
     reorder(source + group * n, n, groups == 1, target + group * n);
+}
+
+py::array reorder_scales(const py::array& scales, bool pack) {
+  const bool zeros = scales.dtype().is(py::dtype("uint8"));
+  const int64_t groups = check_scales(scales, "scales", zeros ? "uint8" : "float16");
+  py::array result(scales.dtype(), {groups, static_cast<int64_t>(scales.shape(1))});
+  if (zeros) reorder_rows<uint8_t>(scales, pack, result);
+  else reorder_rows<uint16_t>(scales, pack, result);
   return result;
 }
 
-py::array dequantize(const py::array& b, const py::array& s) {
+py::array dequantize(const py::array& b, const py::array& s,
+                     const std::optional<py::array>& zeros) {
   const Weight weight = check_words(b);
   const int64_t groups = check_scales(s);
   expect(s.shape(1) == weight.n && weight.k % groups == 0 && (weight.k / groups) % kTileRows == 0,
          "scales", "(groups, n) that match b", s);
+  if (zeros) {
+    const bool same = check_scales(*zeros, "zeros", "uint8") == groups;
+    expect(same && zeros->shape(1) == weight.n, "zeros", "(groups, n) like the scales", *zeros);
+  }
   py::array_t<float> values({weight.k, weight.n});
-  const cpu::PackedWeight packed{
-      static_cast<const uint32_t*>(b.data()), s.data(), Dtype::kF16, weight.k, weight.n, groups};
+  const cpu::PackedWeight packed{static_cast<const uint32_t*>(b.data()),
+                                 s.data(),
+                                 Dtype::kF16,
+                                 weight.k,
+                                 weight.n,
+                                 groups,
+                                 zeros ? static_cast<const uint8_t*>(zeros->data()) : nullptr};
   float* target = values.mutable_data();
   py::gil_scoped_release release;
   const cpu::Kernels& kernels = *cpu::find_kernels("");
@@ -183,12 +204,16 @@ PYBIND11_MODULE(host, m) {
   m.doc() = "Marlin's host-side C++ for NumPy: packing, and a look into format and kernels.";
   m.def("pack", &pack, py::arg("codes"), "codes uint8 (k, n), 0..15 -> words int32 (k / 16, 2 n)");
   m.def("unpack", &unpack, py::arg("b"), "words int32 (k / 16, 2 n) -> codes uint8 (k, n)");
-  m.def("pack_scales", &reorder_scales<cpu::pack_scale_row>, py::arg("scales"),
-        "float16 (groups, n) in column order -> in Marlin's order");
-  m.def("unpack_scales", &reorder_scales<cpu::unpack_scale_row>, py::arg("s"),
-        "float16 (groups, n) in Marlin's order -> in column order");
-  m.def("dequantize", &dequantize, py::arg("b"), py::arg("s"),
-        "words and float16 scales, both in Marlin's order -> float32 (k, n)");
+  m.def(
+      "pack_scales", [](const py::array& scales) { return reorder_scales(scales, true); },
+      py::arg("scales"),
+      "Scales float16 or zero points uint8 (groups, n) in column order -> in Marlin's order");
+  m.def(
+      "unpack_scales", [](const py::array& s) { return reorder_scales(s, false); }, py::arg("s"),
+      "Scales float16 or zero points uint8 (groups, n) in Marlin's order -> in column order");
+  m.def(
+      "dequantize", &dequantize, py::arg("b"), py::arg("s"), py::arg("zeros") = py::none(),
+      "words, float16 scales, uint8 zero points or None, all in Marlin's order -> float32 (k, n)");
   m.def(
       "cpu_kernels",
       [] {

@@ -21,6 +21,7 @@ struct GemmParams {
   int64_t group_rows;  // rows of W that share a scale; k if one for all
   Dtype scale_dtype;
   Dtype bias_dtype;
+  const uint8_t* zeros = nullptr;  // (groups, n) like the scales; nullptr: all kCodeZero
 };
 
 // What CTAs use to add the sums of a slice they share.

@@ -19,6 +19,20 @@ constexpr const char* name(Dtype dtype) {
 
 constexpr int size_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
+// What a code means: value = (code - zero) * scale.
+enum class WeightType : uint8_t {
+  kUint4b8,  // codes 0..15, zero = 8 for all
+  kUint4,    // codes 0..15, a zero point of 0..16 beside every scale
+};
+
+constexpr const char* name(WeightType type) {
+  switch (type) {
+    case WeightType::kUint4b8: return "uint4b8";
+    case WeightType::kUint4: return "uint4";
+  }
+  return "?";
+}
+
 // Y[m, n] = X[m, k] · W[k, n]. `groups` rows of scales, each covering k / groups rows of W; one
 // group is "per column", which also selects the per-column scale order (format/scale_order.h).
 struct Problem {
@@ -28,6 +42,7 @@ struct Problem {
   int64_t groups = 1;
   Dtype activation = Dtype::kF16;  // X and Y
   Dtype scale = Dtype::kF16;
+  WeightType weight = WeightType::kUint4b8;
 
   constexpr int64_t group_size() const { return k / groups; }
   constexpr bool per_column() const { return groups == 1; }

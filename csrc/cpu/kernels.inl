@@ -33,10 +33,27 @@ inline void store(void* destination, Vector value) {
   std::memcpy(destination, &value, sizeof(value));
 }
 
+// What is subtracted from the codes of eight neighbouring columns: the same everywhere, or a zero
+// point for each of a strip's columns.
+struct FixedZero {
+  void load_group(const PackedWeight&, int64_t, int64_t) {}
+  SignedInts at(int) const { return SignedInts{} + kCodeZero; }
+};
+
+struct ZeroPoints {
+  int32_t zeros[kTileColumns];
+
+  void load_group(const PackedWeight& weight, int64_t group, int64_t strip) {
+    load_strip_zeros(weight, group, strip, zeros);
+  }
+  SignedInts at(int column) const { return load<SignedInts>(zeros + column); }
+};
+
 // One 16 x 64 tile. The eight words of a (pair, block) become one vector, whose nibbles are eight
 // neighbouring columns of one row.
-inline void dequantize_tile(const uint32_t* words, const float* scales, float* panel,
-                            int64_t pitch) {
+template <typename Zero>
+inline void dequantize_tile(const uint32_t* words, const float* scales, const Zero& zero,
+                            float* panel, int64_t pitch) {
   uint32_t by_column[16][8];  // [4 * pair + block][lane's column]
   for (int column = 0; column < 8; ++column)
     for (int i = 0; i < 16; ++i) by_column[i][column] = words[16 * column + i];
@@ -48,7 +65,8 @@ inline void dequantize_tile(const uint32_t* words, const float* scales, float* p
       for (int nibble = 0; nibble < kCodesPerWord; ++nibble) {
         const int row = 2 * pair + nibble_row(nibble);
         const int column = 16 * block + nibble_column(nibble);
-        const auto code = reinterpret_cast<SignedInts>(word >> (4 * nibble) & 0xfu) - kCodeZero;
+        const auto code =
+            reinterpret_cast<SignedInts>(word >> (4 * nibble) & 0xfu) - zero.at(column);
         const Floats value = __builtin_convertvector(code, Floats);
         store(panel + row * pitch + column, value * load<Floats>(scales + column));
       }
@@ -56,22 +74,31 @@ inline void dequantize_tile(const uint32_t* words, const float* scales, float* p
   }
 }
 
-void dequantize(const PackedWeight& weight, int64_t first_row, int64_t last_row, int64_t strip,
-                float* panel, int64_t pitch) {
+template <typename Zero>
+void dequantize_rows(const PackedWeight& weight, int64_t first_row, int64_t last_row, int64_t strip,
+                     float* panel, int64_t pitch) {
   const int64_t group_rows = weight.k / weight.groups;
   float scales[kTileColumns];
+  Zero zero;
   int64_t loaded = -1;
   for (int64_t row = first_row; row < last_row; row += kTileRows) {
     if (const int64_t group = row / group_rows; group != loaded) {
       load_strip_scales(weight, group, strip, scales);
+      zero.load_group(weight, group, strip);
       loaded = group;
     }
     const uint32_t* words = weight.words + tile_offset(row / kTileRows, strip, weight.n);
     // Tiles of a strip lie 8 n bytes apart, too far for the hardware to guess the next one.
     const char* next = reinterpret_cast<const char*>(words + 2 * words_in_tile_row(weight.n));
     for (int line = 0; line < kTileWords * 4; line += 64) __builtin_prefetch(next + line);
-    dequantize_tile(words, scales, panel + (row - first_row) * pitch, pitch);
+    dequantize_tile(words, scales, zero, panel + (row - first_row) * pitch, pitch);
   }
+}
+
+void dequantize(const PackedWeight& weight, int64_t first_row, int64_t last_row, int64_t strip,
+                float* panel, int64_t pitch) {
+  if (weight.zeros) dequantize_rows<ZeroPoints>(weight, first_row, last_row, strip, panel, pitch);
+  else dequantize_rows<FixedZero>(weight, first_row, last_row, strip, panel, pitch);
 }
 
 // y[Rows, Columns vectors] += x[Rows, depth] · panel: the sums stay in registers.
@@ -148,7 +175,10 @@ void multiply_strip(const PackedWeight& weight, int64_t strip, const float* x, i
   }
 }
 
-constexpr Kernels kKernels{Isa::kName, dequantize, multiply_strip};
+#include "cpu/columns.inl"
+
+constexpr Kernels kKernels{Isa::kName,     Isa::kLanes,      dequantize,
+                           multiply_strip, quantize_columns, trial_losses};
 
 }  // namespace
 }  // namespace marlin::cpu

@@ -86,15 +86,22 @@ void unpack_tile_rows(const uint32_t* words, int64_t n, int64_t first, int64_t l
   }
 }
 
-void pack_scale_row(const uint16_t* natural, int64_t n, bool per_column, uint16_t* packed) {
+template <typename Element>
+void pack_scale_row(const Element* natural, int64_t n, bool per_column, Element* packed) {
   for (int64_t column = 0; column < n; ++column)
     packed[scale_position(column, per_column)] = natural[column];
 }
 
-void unpack_scale_row(const uint16_t* packed, int64_t n, bool per_column, uint16_t* natural) {
+template <typename Element>
+void unpack_scale_row(const Element* packed, int64_t n, bool per_column, Element* natural) {
   for (int64_t column = 0; column < n; ++column)
     natural[column] = packed[scale_position(column, per_column)];
 }
+
+template void pack_scale_row(const uint8_t*, int64_t, bool, uint8_t*);
+template void pack_scale_row(const uint16_t*, int64_t, bool, uint16_t*);
+template void unpack_scale_row(const uint8_t*, int64_t, bool, uint8_t*);
+template void unpack_scale_row(const uint16_t*, int64_t, bool, uint16_t*);
 
 void load_strip_scales(const PackedWeight& weight, int64_t group, int64_t strip, float* scales) {
   uint16_t natural[kTileColumns];
@@ -102,6 +109,13 @@ void load_strip_scales(const PackedWeight& weight, int64_t group, int64_t strip,
   unpack_scale_row(static_cast<const uint16_t*>(weight.scales) + offset, kTileColumns,
                    weight.groups == 1, natural);
   load_halves(natural, kTileColumns, weight.scale_dtype, scales);
+}
+
+void load_strip_zeros(const PackedWeight& weight, int64_t group, int64_t strip, int32_t* zeros) {
+  uint8_t natural[kTileColumns];
+  unpack_scale_row(weight.zeros + group * weight.n + strip * kTileColumns, kTileColumns,
+                   weight.groups == 1, natural);
+  for (int column = 0; column < kTileColumns; ++column) zeros[column] = natural[column];
 }
 
 void store_floats(const float* source, int64_t count, Dtype dtype, void* destination) {

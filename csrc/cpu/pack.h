@@ -16,6 +16,7 @@ struct PackedWeight {
   int64_t k;
   int64_t n;
   int64_t groups;
+  const uint8_t* zeros = nullptr;  // (groups, n) like the scales; nullptr: all kCodeZero
 };
 
 // codes: (k, n) bytes, values 0..15. Returns the OR of all bytes read, so that a caller can tell
@@ -26,12 +27,17 @@ uint8_t pack_tile_rows(const uint8_t* codes, int64_t n, int64_t first, int64_t l
 void unpack_tile_rows(const uint32_t* words, int64_t n, int64_t first, int64_t last,
                       uint8_t* codes);
 
-// Reorders one row of n scales (2-byte elements) into Marlin's order, or back.
-void pack_scale_row(const uint16_t* natural, int64_t n, bool per_column, uint16_t* packed);
-void unpack_scale_row(const uint16_t* packed, int64_t n, bool per_column, uint16_t* natural);
+// Reorders one row of n scales (uint16_t) or zero points (uint8_t) into Marlin's order, or back.
+template <typename Element>
+void pack_scale_row(const Element* natural, int64_t n, bool per_column, Element* packed);
+template <typename Element>
+void unpack_scale_row(const Element* packed, int64_t n, bool per_column, Element* natural);
 
 // FP32 values of the 64 scales of `strip` in group `group`, in natural column order.
 void load_strip_scales(const PackedWeight& weight, int64_t group, int64_t strip, float* scales);
+
+// Likewise the zero points, of a weight that has them.
+void load_strip_zeros(const PackedWeight& weight, int64_t group, int64_t strip, int32_t* zeros);
 
 // Writes `count` floats as `dtype`, or reads them.
 void store_floats(const float* source, int64_t count, Dtype dtype, void* destination);

@@ -63,17 +63,19 @@ __global__ void dequantize_kernel(const DequantizeParams params) {
   const int64_t group = tile.row * kTileRows / (params.k / params.groups);
   for (int i = 0; i < kChunk; ++i) {
     const int column = tile.chunk_column + i;
-    const int code = static_cast<int>(code_at(tile_words, tile.chunk_row, column)) - kCodeZero;
-    const int64_t position = scale_position(tile.strip * kTileColumns + column, params.groups == 1);
-    const float scale =
-        load_element(params.scales, params.scale_dtype, group * params.n + position);
+    const int code = static_cast<int>(code_at(tile_words, tile.chunk_row, column));
+    const int64_t place =
+        group * params.n + scale_position(tile.strip * kTileColumns + column, params.groups == 1);
+    const int zero = params.zeros != nullptr ? params.zeros[place] : kCodeZero;
+    const float scale = load_element(params.scales, params.scale_dtype, place);
     store_element(params.values, params.value_dtype, tile.element(params.n) + i,
-                  static_cast<float>(code) * scale);
+                  static_cast<float>(code - zero) * scale);
   }
 }
 
-__global__ void reorder_scales_kernel(const uint16_t* source, int64_t n, bool per_column, bool pack,
-                                      uint16_t* target) {
+template <typename Element>
+__global__ void reorder_scales_kernel(const Element* source, int64_t n, bool per_column, bool pack,
+                                      Element* target) {
   const int64_t column = int64_t{blockIdx.y} * kTileColumns + threadIdx.x;
   const int64_t row = int64_t{blockIdx.x} * n;
   const int64_t position = scale_position(column, per_column);
@@ -83,6 +85,14 @@ __global__ void reorder_scales_kernel(const uint16_t* source, int64_t n, bool pe
 
 dim3 tile_grid(int64_t k, int64_t n) {
   return dim3(static_cast<unsigned>(k / kTileRows), static_cast<unsigned>(n / kTileColumns));
+}
+
+template <typename Element>
+void reorder_scales(const void* source, int64_t groups, int64_t n, bool pack, void* target,
+                    cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(n / kTileColumns));
+  reorder_scales_kernel<<<grid, kTileColumns, 0, stream>>>(
+      static_cast<const Element*>(source), n, groups == 1, pack, static_cast<Element*>(target));
 }
 
 }  // namespace
@@ -99,10 +109,10 @@ cudaError_t launch_unpack(const uint32_t* words, int64_t k, int64_t n, uint8_t* 
   return cudaGetLastError();
 }
 
-cudaError_t launch_reorder_scales(const uint16_t* source, int64_t groups, int64_t n, bool pack,
-                                  uint16_t* target, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(n / kTileColumns));
-  reorder_scales_kernel<<<grid, kTileColumns, 0, stream>>>(source, n, groups == 1, pack, target);
+cudaError_t launch_reorder_scales(const void* source, int element_bytes, int64_t groups, int64_t n,
+                                  bool pack, void* target, cudaStream_t stream) {
+  const auto reorder = element_bytes == 1 ? reorder_scales<uint8_t> : reorder_scales<uint16_t>;
+  reorder(source, groups, n, pack, target, stream);
   return cudaGetLastError();
 }
 

@@ -19,9 +19,9 @@ cudaError_t launch_pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* wo
 cudaError_t launch_unpack(const uint32_t* words, int64_t k, int64_t n, uint8_t* codes,
                           cudaStream_t stream);
 
-// Reorders `groups` rows of n 2-byte scales into Marlin's order, or back.
-cudaError_t launch_reorder_scales(const uint16_t* source, int64_t groups, int64_t n, bool pack,
-                                  uint16_t* target, cudaStream_t stream);
+// Reorders `groups` rows of n scales (2 bytes) or zero points (1 byte) into Marlin's order, or back.
+cudaError_t launch_reorder_scales(const void* source, int element_bytes, int64_t groups, int64_t n,
+                                  bool pack, void* target, cudaStream_t stream);
 
 struct DequantizeParams {
   const uint32_t* words;
@@ -31,7 +31,8 @@ struct DequantizeParams {
   int64_t n;
   int64_t groups;
   Dtype value_dtype;
-  void* values;  // (k, n), contiguous
+  void* values;                    // (k, n), contiguous
+  const uint8_t* zeros = nullptr;  // (groups, n) like the scales; nullptr: all kCodeZero
 };
 cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
 

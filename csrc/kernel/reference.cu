@@ -3,7 +3,7 @@
 // A CTA owns 64 columns of Y (one strip of tiles) and 32 rows. Its four warps take every fourth
 // tile of the strip and add their sums, in order, through shared memory. Each tile's product is
 // scaled in FP32, so any scale, zero, negative, Inf or NaN, does what it does in the formula.
-#include "dequant/uint4b8.cuh"
+#include "dequant/uint4.cuh"
 #include "format/scale_order.h"
 #include "format/weight_words.h"
 #include "kernel/launch.h"
@@ -33,7 +33,7 @@ __device__ ptx::FragmentB load_x(const GemmParams& params, int64_t row, int64_t 
   return {{*reinterpret_cast<const uint32_t*>(x), *reinterpret_cast<const uint32_t*>(x + 8)}};
 }
 
-template <typename Half>
+template <typename Half, bool kZeros>
 __global__ void __launch_bounds__(32 * kWarps)
     reference_kernel(const GemmParams p, bool per_column) {
   const Lane lane;
@@ -55,12 +55,16 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const ptx::FragmentA w = dequantize<Half>(word[block]);
       const int64_t column = first_column + 16 * block + lane.group;
       float scale[2];
-      for (int half = 0; half < 2; ++half)
-        scale[half] = load_element(p.scales, p.scale_dtype,
-                                   scale_row + scale_position(column + 8 * half, per_column));
+      int zero[2] = {kCodeZero, kCodeZero};
+      for (int half = 0; half < 2; ++half) {
+        const int64_t place = scale_row + scale_position(column + 8 * half, per_column);
+        scale[half] = load_element(p.scales, p.scale_dtype, place);
+        if constexpr (kZeros) zero[half] = p.zeros[place];
+      }
+      const ptx::FragmentA w =
+          kZeros ? dequantize<Half>(word[block], zero[0], zero[1]) : dequantize<Half>(word[block]);
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         ptx::Accumulator product = {};
@@ -91,16 +95,21 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
+template <typename Half>
+void launch(const GemmParams& params, const Problem& problem, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((params.m + kRows - 1) / kRows),
+                  static_cast<unsigned>(params.n / kTileColumns));
+  const auto kernel =
+      params.zeros != nullptr ? reference_kernel<Half, true> : reference_kernel<Half, false>;
+  kernel<<<grid, 32 * kWarps, 0, stream>>>(params, problem.per_column());
+}
+
 }  // namespace
 
 cudaError_t launch_reference(const GemmParams& params, const Problem& problem,
                              cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((params.m + kRows - 1) / kRows),
-                  static_cast<unsigned>(params.n / kTileColumns));
-  if (problem.activation == Dtype::kF16)
-    reference_kernel<__half><<<grid, 32 * kWarps, 0, stream>>>(params, problem.per_column());
-  else
-    reference_kernel<__nv_bfloat16><<<grid, 32 * kWarps, 0, stream>>>(params, problem.per_column());
+  if (problem.activation == Dtype::kF16) launch<__half>(params, problem, stream);
+  else launch<__nv_bfloat16>(params, problem, stream);
   return cudaGetLastError();
 }
 

@@ -92,6 +92,24 @@ void read_in_place_or_copy(const Tensor& a, MulCall& call) {
   call.x_pitch = k;
 }
 
+bool is_scale(const Tensor& s) {
+  const auto type = float_type(s);
+  return type && *type != Dtype::kF32;
+}
+
+Shape group_shape(const char* op, const char* argument, const Tensor& s) {
+  expect_dim(op, argument, s, 2, "(groups, n)");
+  expect_plain(op, argument, s);
+  if (s.size(0) == 0 || s.size(1) == 0 || s.size(1) % kTileColumns != 0)
+    fail(op, argument, "(groups, n) with n a multiple of 64", describe(s));
+  return {0, s.size(1), s.size(0)};
+}
+
+Shape check_scales(const char* op, const char* argument, const Tensor& s) {
+  if (!is_scale(s)) fail(op, argument, "Half or BFloat16", describe(s));
+  return group_shape(op, argument, s);
+}
+
 }  // namespace
 
 Shape check_codes(const char* op, const Tensor& codes) {
@@ -113,14 +131,10 @@ Shape check_words(const char* op, const Tensor& b) {
   return {b.size(0) * kTileRows, b.size(1) / 2, 1};
 }
 
-Shape check_scales(const char* op, const char* argument, const Tensor& s) {
-  const auto type = float_type(s);
-  if (!type || *type == Dtype::kF32) fail(op, argument, "Half or BFloat16", describe(s));
-  expect_dim(op, argument, s, 2, "(groups, n)");
-  expect_plain(op, argument, s);
-  if (s.size(0) == 0 || s.size(1) == 0 || s.size(1) % kTileColumns != 0)
-    fail(op, argument, "(groups, n) with n a multiple of 64", describe(s));
-  return {0, s.size(1), s.size(0)};
+Shape check_reordered(const char* op, const char* argument, const Tensor& s) {
+  if (s.scalar_type() != ScalarType::Byte && !is_scale(s))
+    fail(op, argument, "Half, BFloat16 or, for zero points, Byte", describe(s));
+  return group_shape(op, argument, s);
 }
 
 Shape check_weight(const char* op, const Tensor& b, const Tensor& s) {
@@ -140,6 +154,24 @@ Shape check_weight(const char* op, const Tensor& b, const Tensor& s) {
 
 Dtype scale_dtype(const Tensor& s) { return float_type(s).value(); }
 
+const uint8_t* check_zeros(const char* op, const Shape& shape, const Tensor& s,
+                           const std::optional<Tensor>& zeros,
+                           const std::optional<std::string>& weight_type) {
+  const WeightType type = zeros ? WeightType::kUint4 : WeightType::kUint4b8;
+  if (weight_type && *weight_type != name(type))
+    fail(op, "weight_type",
+         join("nothing or '", name(type), "', the type ", zeros ? "with" : "without", " zeros"),
+         join("'", *weight_type, "'"));
+  if (!zeros) return nullptr;
+  expect_type(op, "zeros", *zeros, ScalarType::Byte);
+  expect_same_device(op, "zeros", *zeros, "s", s);
+  expect_dim(op, "zeros", *zeros, 2, "(groups, n)");
+  if (zeros->size(0) != shape.groups || zeros->size(1) != shape.n)
+    fail(op, "zeros", join("(", shape.groups, ", ", shape.n, ") like s"), describe(*zeros));
+  expect_plain(op, "zeros", *zeros);
+  return static_cast<const uint8_t*>(zeros->const_data_ptr());
+}
+
 Dtype check_value_type(const char* op, const Tensor& s, std::optional<ScalarType> dtype) {
   const auto type = float_type(dtype.value_or(s.scalar_type()));
   if (!type) fail(op, "dtype", "Half, BFloat16 or Float", torch::headeronly::toString(*dtype));
@@ -147,7 +179,8 @@ Dtype check_value_type(const char* op, const Tensor& s, std::optional<ScalarType
 }
 
 MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor& s,
-                  const std::optional<Tensor>& bias) {
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& zeros,
+                  const std::optional<std::string>& weight_type) {
   const auto activation = float_type(a);
   if (!activation || (*activation == Dtype::kF32 && is_cuda(a)))
     fail(op, "a", is_cuda(a) ? "Half or BFloat16" : "Half, BFloat16 or Float", describe(a));
@@ -160,6 +193,8 @@ MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor
   call.problem = {row_count(a), weight.n, weight.k, weight.groups, *activation, scale_dtype(s)};
   call.words = static_cast<const uint32_t*>(b.const_data_ptr());
   call.scales = s.const_data_ptr();
+  call.zeros = check_zeros(op, weight, s, zeros, weight_type);
+  call.problem.weight = call.zeros ? WeightType::kUint4 : WeightType::kUint4b8;
   if (bias) {
     const auto type = float_type(*bias);
     if (!type) fail(op, "bias", "Half, BFloat16 or Float", describe(*bias));

@@ -27,7 +27,7 @@ constexpr int64_t kSliceBytes = int64_t{32} << 20;
 
 cpu::PackedWeight packed_weight(const MulCall& call) {
   const Problem& p = call.problem;
-  return {call.words, call.scales, p.scale, p.k, p.n, p.groups};
+  return {call.words, call.scales, p.scale, p.k, p.n, p.groups, call.zeros};
 }
 
 // Rows of floats, converted from x where it is not FP32 already.
@@ -173,16 +173,18 @@ void multiply(const char* op, const Tensor& a, const MulCall& call,
 }
 
 Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
-           std::optional<std::string> config) {
-  const MulCall call = check_mul("mul", a, b, s, bias);
+           std::optional<std::string> config, std::optional<Tensor> zeros,
+           std::optional<std::string> weight_type) {
+  const MulCall call = check_mul("mul", a, b, s, bias, zeros, weight_type);
   Tensor y = new_output(a, call);
   multiply("mul", a, call, config, y.mutable_data_ptr());
   return y;
 }
 
 void mul_out(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
-             std::optional<std::string> config, Tensor out) {
-  const MulCall call = check_mul("mul.out", a, b, s, bias);
+             std::optional<std::string> config, std::optional<Tensor> zeros,
+             std::optional<std::string> weight_type, Tensor out) {
+  const MulCall call = check_mul("mul.out", a, b, s, bias, zeros, weight_type);
   check_output("mul.out", a, call, out);
   multiply("mul.out", a, call, config, out.mutable_data_ptr());
 }
@@ -211,29 +213,33 @@ Tensor unpack(const Tensor& b) {
   return codes;
 }
 
-using ReorderRow = void (*)(const uint16_t*, int64_t, bool, uint16_t*);
-
-Tensor reorder_scales(const char* op, const char* argument, const Tensor& scales,
-                      ReorderRow reorder) {
-  const Shape shape = check_scales(op, argument, scales);
-  Tensor result = empty_beside(scales, {shape.groups, shape.n}, scales.scalar_type());
-  const auto* source = static_cast<const uint16_t*>(scales.const_data_ptr());
-  auto* target = static_cast<uint16_t*>(result.mutable_data_ptr());
+template <typename Element>
+void reorder_rows(const Tensor& scales, const Shape& shape, bool pack, Tensor& result) {
+  const auto reorder = pack ? cpu::pack_scale_row<Element> : cpu::unpack_scale_row<Element>;
+  const auto* source = static_cast<const Element*>(scales.const_data_ptr());
+  auto* target = static_cast<Element*>(result.mutable_data_ptr());
   for (int64_t group = 0; group < shape.groups; ++group)
     reorder(source + group * shape.n, shape.n, shape.groups == 1, target + group * shape.n);
+}
+
+Tensor reorder_scales(const char* op, const char* argument, const Tensor& scales, bool pack) {
+  const Shape shape = check_reordered(op, argument, scales);
+  Tensor result = empty_beside(scales, {shape.groups, shape.n}, scales.scalar_type());
+  if (scales.scalar_type() == ScalarType::Byte) reorder_rows<uint8_t>(scales, shape, pack, result);
+  else reorder_rows<uint16_t>(scales, shape, pack, result);
   return result;
 }
 
 Tensor pack_scales(const Tensor& scales) {
-  return reorder_scales("pack_scales", "scales", scales, cpu::pack_scale_row);
+  return reorder_scales("pack_scales", "scales", scales, true);
 }
 
-Tensor unpack_scales(const Tensor& s) {
-  return reorder_scales("unpack_scales", "s", s, cpu::unpack_scale_row);
-}
+Tensor unpack_scales(const Tensor& s) { return reorder_scales("unpack_scales", "s", s, false); }
 
-Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dtype) {
+Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dtype,
+                  std::optional<Tensor> zeros, std::optional<std::string> weight_type) {
   const Shape shape = check_weight("dequantize", b, s);
+  const uint8_t* zero_points = check_zeros("dequantize", shape, s, zeros, weight_type);
   const Dtype type = check_value_type("dequantize", s, dtype);
   Tensor values = empty_beside(b, {shape.k, shape.n}, scalar_type(type));
   const cpu::PackedWeight weight{static_cast<const uint32_t*>(b.const_data_ptr()),
@@ -241,7 +247,8 @@ Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dt
                                  scale_dtype(s),
                                  shape.k,
                                  shape.n,
-                                 shape.groups};
+                                 shape.groups,
+                                 zero_points};
   dequantize_strips(*cpu::find_kernels(""), weight, 0, shape.n / kTileColumns, type,
                     values.mutable_data_ptr(), shape.n);
   return values;

@@ -1,6 +1,4 @@
 // The operators on CUDA: checks, device, stream, launch.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch/counters.h"
@@ -11,31 +9,10 @@
 #include "format/weight_words.h"
 #include "kernel/launch.h"
 #include "torch/checks.h"
+#include "torch/cuda_scope.h"
 
 namespace marlin::ops {
 namespace {
-
-// Makes a tensor's device current for the scope and knows the stream to launch on.
-class DeviceScope {
- public:
-  explicit DeviceScope(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
-  }
-
-  int index() const { return index_; }
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
-
- private:
-  int index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
-void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess)
-    fail(op, "launch", "a kernel that starts",
-         join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
-}
 
 void check_device(const char* op, int index) {
   const Device& gpu = device(index);
@@ -46,8 +23,8 @@ void check_device(const char* op, int index) {
 
 GemmParams gemm_params(const MulCall& call, void* y) {
   const Problem& p = call.problem;
-  return {call.x, call.x_pitch, call.words, call.scales,    call.bias, y,
-          p.m,    p.n,          p.k,        p.group_size(), p.scale,   call.bias_dtype};
+  return {call.x, call.x_pitch, call.words,     call.scales, call.bias,       y,         p.m,
+          p.n,    p.k,          p.group_size(), p.scale,     call.bias_dtype, call.zeros};
 }
 
 KernelConfig find_config(const char* op, const Problem& problem, const Device& gpu,
@@ -89,7 +66,10 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
   check_device(op, scope.index());
   if (call.problem.m == 0) return;
   const GemmParams gemm = gemm_params(call, y);
-  if (config && *config == "reference") {
+  // So far only the simple kernel knows zero points.
+  if (call.zeros != nullptr && config && *config != "reference")
+    fail(op, "config", "nothing or 'reference' with zeros", "'" + *config + "'");
+  if (config ? *config == "reference" : call.zeros != nullptr) {
     check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
     return;
   }
@@ -98,18 +78,20 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
 }
 
 Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
-           std::optional<std::string> config) {
+           std::optional<std::string> config, std::optional<Tensor> zeros,
+           std::optional<std::string> weight_type) {
   const DeviceScope scope(a);
-  const MulCall call = check_mul("mul", a, b, s, bias);
+  const MulCall call = check_mul("mul", a, b, s, bias, zeros, weight_type);
   Tensor y = new_output(a, call);
   multiply("mul", scope, a, call, config, y.mutable_data_ptr());
   return y;
 }
 
 void mul_out(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,
-             std::optional<std::string> config, Tensor out) {
+             std::optional<std::string> config, std::optional<Tensor> zeros,
+             std::optional<std::string> weight_type, Tensor out) {
   const DeviceScope scope(a);
-  const MulCall call = check_mul("mul.out", a, b, s, bias);
+  const MulCall call = check_mul("mul.out", a, b, s, bias, zeros, weight_type);
   check_output("mul.out", a, call, out);
   multiply("mul.out", scope, a, call, config, out.mutable_data_ptr());
 }
@@ -135,12 +117,12 @@ Tensor unpack(const Tensor& b) {
 }
 
 Tensor reorder_scales(const char* op, const char* argument, const Tensor& scales, bool pack) {
-  const Shape shape = check_scales(op, argument, scales);
+  const Shape shape = check_reordered(op, argument, scales);
   const DeviceScope scope(scales);
   Tensor result = empty_beside(scales, {shape.groups, shape.n}, scales.scalar_type());
-  check_launch(op, launch_reorder_scales(
-                       static_cast<const uint16_t*>(scales.const_data_ptr()), shape.groups, shape.n,
-                       pack, static_cast<uint16_t*>(result.mutable_data_ptr()), scope.stream()));
+  const int element_bytes = scales.scalar_type() == ScalarType::Byte ? 1 : 2;
+  check_launch(op, launch_reorder_scales(scales.const_data_ptr(), element_bytes, shape.groups,
+                                         shape.n, pack, result.mutable_data_ptr(), scope.stream()));
   return result;
 }
 
@@ -150,8 +132,10 @@ Tensor pack_scales(const Tensor& scales) {
 
 Tensor unpack_scales(const Tensor& s) { return reorder_scales("unpack_scales", "s", s, false); }
 
-Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dtype) {
+Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dtype,
+                  std::optional<Tensor> zeros, std::optional<std::string> weight_type) {
   const Shape shape = check_weight("dequantize", b, s);
+  const uint8_t* zero_points = check_zeros("dequantize", shape, s, zeros, weight_type);
   const Dtype type = check_value_type("dequantize", s, dtype);
   const DeviceScope scope(b);
   Tensor values = empty_beside(b, {shape.k, shape.n}, scalar_type(type));
@@ -162,7 +146,8 @@ Tensor dequantize(const Tensor& b, const Tensor& s, std::optional<ScalarType> dt
                                 shape.n,
                                 shape.groups,
                                 type,
-                                values.mutable_data_ptr()};
+                                values.mutable_data_ptr(),
+                                zero_points};
   check_launch("dequantize", launch_dequantize(params, scope.stream()));
   return values;
 }

@@ -10,30 +10,39 @@ from marlin import ops
 
 @dataclass
 class Weight:
-    """A quantized weight, in natural order (codes, scales) and packed (b, s)."""
+    """A quantized weight, in natural order (codes, scales, zeros) and packed (b, s, z)."""
 
     codes: Tensor  # uint8 (k, n)
     scales: Tensor  # (groups, n)
     b: Tensor
     s: Tensor
+    zeros: Tensor | None = None  # uint8 (groups, n); None: 8 everywhere
+    z: Tensor | None = None
 
     def values(self) -> Tensor:
         """The exact weight, float64 (k, n), computed without any code of ours."""
         k = self.codes.shape[0]
-        scales = self.scales.double().repeat_interleave(k // self.scales.shape[0], 0)
-        return (self.codes.double() - 8) * scales
+        size = k // self.scales.shape[0]
+        scales = self.scales.double().repeat_interleave(size, 0)
+        zeros = 8 if self.zeros is None else self.zeros.double().repeat_interleave(size, 0)
+        return (self.codes.double() - zeros) * scales
 
 
 def random_weight(
-    k: int, n: int, group_size: int, *, dtype=torch.float16, device="cpu", seed=0
+    k: int, n: int, group_size: int, *, dtype=torch.float16, device="cpu", seed=0, zeros=False
 ) -> Weight:
-    """Uniform codes and scales of both signs, around the size that a real layer has."""
+    """Uniform codes, zeros if wanted, and scales around the size that a real layer has."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (k, n), dtype=torch.uint8, generator=generator)
     groups = 1 if group_size == -1 else k // group_size
     scales = (torch.rand(groups, n, generator=generator) * 0.02 + 0.001).to(dtype)
     codes, scales = codes.to(device), scales.to(device)
-    return Weight(codes, scales, ops.pack(codes), ops.pack_scales(scales))
+    weight = Weight(codes, scales, ops.pack(codes), ops.pack_scales(scales))
+    if zeros:
+        drawn = torch.randint(0, 17, (groups, n), dtype=torch.uint8, generator=generator)
+        weight.zeros = drawn.to(device)
+        weight.z = ops.pack_scales(weight.zeros)
+    return weight
 
 
 def random_rows(m: int, k: int, *, dtype=torch.float16, device="cpu", seed=1, mean=0.0) -> Tensor:

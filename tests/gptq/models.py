@@ -6,6 +6,8 @@ from pydoc_data.topics import topics
 import torch
 import transformers as t
 
+from marlin.experts import is_fused, take_apart
+
 HIDDEN, MLP, VOCABULARY = 64, 160, 300
 COMMON = {
     "hidden_size": HIDDEN,
@@ -41,6 +43,8 @@ BUILD = {
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(**GPT2, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
     ),
+    # Four experts per layer, two for each token; transformers keeps them in one tensor.
+    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**DECODER, num_local_experts=4)),
     "bert": lambda: t.BertModel(t.BertConfig(**COMMON)),
 }
 
@@ -55,6 +59,7 @@ def build(name, seed=0):
                 parameter.mul_(3)
             else:  # biases start at zero and norms at one, which would hide a lost one
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    take_apart(model)
     return model
 
 
@@ -89,9 +94,30 @@ def tokenizer():
 def save(name, directory):
     """A model directory as people have them: config, weights, tokenizer."""
     model = build(name)
-    model.save_pretrained(directory)
+    fused = BUILD[name]()
+    if mixture := [path for path, module in fused.named_modules() if is_fused(module)]:
+        fused.load_state_dict(fuse(model.state_dict(), mixture))
+        fused.save_pretrained(directory)
+    else:
+        model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return model
+
+
+def fuse(state, paths):
+    """The state dict with experts in one tensor each, as transformers has them."""
+    fused = {}
+    for name, tensor in state.items():
+        path = next((path for path in paths if name.startswith(f"{path}.")), None)
+        if path is None:
+            fused[name] = tensor
+        else:
+            _, part, _ = name.removeprefix(f"{path}.").split(".")
+            fused.setdefault(f"{path}.{part}", []).append(tensor)
+    return {
+        name: torch.stack(value) if isinstance(value, list) else value
+        for name, value in fused.items()
+    }
 
 
 def save_gguf(path):

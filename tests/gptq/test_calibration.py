@@ -74,6 +74,29 @@ def test_the_seed_decides_which_samples(tokenizer):
     assert len(draw(0)) == 8
 
 
+def test_as_many_tokens_as_asked_for_and_no_sample_more(tokenizer):
+    documents = calibration.read_documents("pydoc")[:10]
+    everything = calibration.samples(documents, tokenizer, None, 48)
+    drawn = calibration.samples(documents, tokenizer, None, 48, tokens=500)
+    counts = [sample.numel() for sample in drawn]
+    assert sum(counts) >= 500 > sum(counts[:-1])
+    assert all(torch.equal(a, b) for a, b in zip(drawn, everything, strict=False))
+    assert len(calibration.samples(documents, tokenizer, 3, 48, tokens=500)) == 3
+    assert len(calibration.samples(documents, tokenizer, None, 48, tokens=10**9)) == len(everything)
+
+
+def test_default_tokens_follow_the_widest_layer_up_to_a_point():
+    assert calibration.default_tokens(1536) == 76_800
+    assert calibration.default_tokens(14336) == 262_144
+
+
+def test_digests_tell_texts_apart():
+    a, b = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
+    digests = {calibration.digest(s) for s in ([a, b], [b, a], [a], [torch.tensor([[1], [2]])])}
+    assert len(digests) == 4
+    assert calibration.digest([a.clone(), b]) == calibration.digest([a, b])
+
+
 def test_files(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("one\n\ntwo\n")

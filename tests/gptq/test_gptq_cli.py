@@ -1,13 +1,15 @@
 """The commands as a user runs them; once each in a process of its own, the rest within this one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import build, save, save_gguf, tokenizer
+import transformers
+from models import DECODER, build, save, save_gguf, tokenizer
 from transformers import AutoTokenizer
 
 from gptq import cli, evaluate
@@ -64,6 +66,7 @@ def test_says_what_it_will_and_will_not_do_before_it_starts(work):
     assert lines[1] == "Full precision: lm_head (outside the decoder layers)"
     assert lines[2] == "Full precision: model.embed_tokens (embedding)"
     assert lines.index(f"Loading {work / 'model'}") > 2
+    assert lines[3].startswith("Calibrating with 6 samples, ")
     assert "mlp.down_proj loss" in (work / "stderr").read_text()  # the progress bar
 
 
@@ -76,6 +79,92 @@ def test_reports_every_module(work):
         assert 0 < module["loss"] < module["rtn_loss"]
         assert module["tokens"] == report["tokens"]
     assert report["full_precision"]["lm_head"] == "outside the decoder layers"
+
+
+def test_reports_for_people_too(work):
+    lines = (work / "stdout").read_text().splitlines()
+    kinds = [line.split()[0] for line in lines if line.split()[1:2] == ["3"]]
+    assert kinds == [f"self_attn.{x}_proj" for x in "qkvo"] + [
+        f"mlp.{x}_proj" for x in ("gate", "up", "down")
+    ]
+    report = json.loads((work / "gptq" / "gptq_report.json").read_text())
+    assert f"Quantized 21 layers with {report['tokens']} tokens in" in lines[-2]
+    phases = {"load", "forward", "factor", "solve", "loss", "write", "other"}
+    assert set(report["phases"]) == phases
+    page = (work / "gptq" / "gptq_report.md").read_text()
+    assert f"- Calibration: 6 samples, {report['tokens']} tokens of" in page
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| model.")]
+    assert len(rows) == 21
+    assert [float(row[3]) for row in rows] == pytest.approx(
+        [module["loss"] for module in report["modules"]], rel=1e-3
+    )
+    assert "- Full precision: lm_head (outside the decoder layers)" in page
+
+
+def test_tokens_by_default_follow_the_model(work, capsys):
+    """50 for each of the 160 inputs of the widest layer; the text has more."""
+    call("quantize", work / "model", "--out", work / "default", "--group-size", 32,
+         "--device", "cpu")  # fmt: skip
+    report = json.loads((work / "default" / "gptq_report.json").read_text())
+    assert 50 * 160 <= report["tokens"] < 50 * 160 + 96
+    assert f" {report['tokens']} tokens, of pydoc" in capsys.readouterr().out
+
+
+def test_what_does_not_go_as_planned_is_said(work, capsys):
+    call("quantize", work / "model", "--out", work / "few", "--group-size", 32, "--device", "cpu",
+         "--calibration", work / "text.txt", "--tokens", 17, "--seqlen", 18)  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 layers did not go as planned:" in lines
+    index = lines.index("3 layers did not go as planned:")
+    assert lines[index + 1] == (
+        "  model.layers.0.mlp.down_proj: clipped rtn (only 18 tokens for 160 inputs)"
+    )
+
+
+def test_mixtures_of_experts(tmp_path, capsys):
+    """Each expert gets linears, Hessians and a report of its own; those in need fall back."""
+    model = save("mixtral", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    call("quantize", tmp_path / "model", "--out", tmp_path / "out", "--group-size", 32,
+         "--calibration", tmp_path / "text.txt", "--tokens", 60, "--seqlen", 30,
+         "--device", "cpu")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "To quantize: 36 linear layers in 3 blocks" in said
+    assert "Note:" not in said  # hardly anything stays in full precision
+    modules = json.loads((tmp_path / "out" / "gptq_report.json").read_text())["modules"]
+    experts = [module for module in modules if ".experts." in module["name"]]
+    starved = [module for module in experts if module["method"] == "clipped rtn"]
+    assert 0 < len(starved) < len(experts) == 24
+    for module in starved:
+        assert module["tokens"] * 8 < module["k"]
+        assert f"{module['name']}: clipped rtn ({module['note']})" in said
+    packed = load_pretrained(tmp_path / "out", dtype=torch.float32)
+    for module in modules:
+        layer = packed.get_submodule(module["name"])
+        linear = model.get_submodule(module["name"])
+        assert isinstance(layer, MarlinLinear)
+        with torch.no_grad():
+            error = (layer.dequantize() - linear.weight).norm() / linear.weight.norm()
+            linear.weight.copy_(layer.dequantize())
+        assert error < 0.2
+    ids = tokenizer()(TEXT, return_tensors="pt").input_ids[:, :64]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-2, atol=1e-2
+        )
+
+
+def test_experts_of_an_unknown_kind_stay_and_are_named(tmp_path, capsys):
+    config = transformers.Llama4TextConfig(
+        **DECODER, num_local_experts=4, intermediate_size_mlp=96, head_dim=16
+    )
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "model")
+    call("quantize", tmp_path / "model", "--out", tmp_path / "out", "--group-size", 32,
+         "--method", "rtn", "--device", "cpu")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "layers.2.feed_forward.experts (experts in one tensor, of a kind that is not" in said
+    share = re.search(r"Note: (\d+)% of the weights stay in full precision", said)
+    assert share and int(share[1]) > 50
 
 
 def test_gptq_beats_rounding_on_its_own_text_and_eval_measures_it(work, capsys):
@@ -118,7 +207,7 @@ def test_packed_layers_compute_what_was_solved(work):
     ids = tokenizer()(TEXT, return_tensors="pt").input_ids[:, :64]
     with torch.no_grad():
         torch.testing.assert_close(
-            packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+            packed(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=3e-3
         )
 
 

@@ -55,20 +55,47 @@ def test_absmax_scale_puts_the_largest_weight_at_seven_and_a_half():
     assert grid.absmax_scale(group).tolist() == [1.0, 0.5]
 
 
+def test_full_range_scale_puts_the_largest_weight_at_code_zero():
+    group = torch.tensor([[1.0, -4.0], [-8.0, 2.0], [2.0, 3.0]])
+    assert grid.full_range_scale(group).tolist() == [1.0, 0.5]
+    assert grid.full_range_scale(-group).tolist() == [-1.0, -0.5]
+    assert grid.encode(-group, grid.full_range_scale(-group))[[1, 0], [0, 1]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_candidates_start_with_absmax_and_are_fp16_values(clip, full_range):
+    group = torch.randn(3, 32, 5, generator=torch.Generator().manual_seed(1))
+    found = grid.candidate_scales(group, clip=clip, full_range=full_range, count=7)
+    expected = (7 if clip else 1) * (2 if full_range else 1)
+    assert found.shape == (expected, 3, 5)
+    assert torch.equal(found[0], grid.absmax_scale(group))
+    assert torch.equal(found, found.half().float())
+    assert (found < 0).any() == full_range
+    assert found.unique(dim=0).shape[0] == expected
+    smallest = grid.SMALLEST_RATIO * found[0].abs()
+    assert (found.abs() >= smallest * (1 - 1e-3)).all()
+
+
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), size=st.sampled_from([4, 16, 32]), tail=st.floats(1.0, 20.0))
-def test_search_finds_the_best_of_its_candidates(seed, size, tail):
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([4, 16, 32]), full=st.booleans())
+def test_losses_are_the_weighted_errors_of_rounding(seed, size, full):
     generator = torch.Generator().manual_seed(seed)
     group = torch.randn(size, 3, generator=generator, dtype=torch.float64)
-    group[0] *= tail
     metric = random_metric(size, generator)
-    found = grid.search_scale(group, metric[None], candidates=12)
-    for column, scale in zip(group.T, found.tolist(), strict=True):
-        full = column.abs().max() / grid.HALF_RANGE
-        ratios = torch.linspace(1.0, grid.SMALLEST_RATIO, 12, dtype=torch.float64)
-        candidates = [(full * ratio).half().item() for ratio in ratios]
-        errors = [weighted_error(column, candidate, metric) for candidate in candidates]
-        assert weighted_error(column, scale, metric) == pytest.approx(min(errors), rel=1e-6)
+    metric = metric if full else metric.diagonal()
+    scales = grid.candidate_scales(group, clip=True, full_range=True, count=5)
+    losses = grid.rounding_losses(group, scales, metric[None] if full else metric)
+    matrix = metric if full else metric.diag()
+    for candidate in range(len(scales)):
+        for column in range(3):
+            expected = weighted_error(group[:, column], scales[candidate, column].item(), matrix)
+            assert losses[candidate, column] == pytest.approx(expected, rel=1e-6)
+
+
+def search(group, metric):
+    scales = grid.candidate_scales(group, clip=True, full_range=False)
+    return grid.cheapest(scales, grid.rounding_losses(group, scales, metric))
 
 
 def test_search_clips_an_outlier_nobody_listens_to():
@@ -78,21 +105,28 @@ def test_search_clips_an_outlier_nobody_listens_to():
     group[0] = 8.0
     importance = torch.ones(32)
     importance[0] = 1e-4
-    scale = grid.search_scale(group, torch.diag(importance)[None])
-    assert scale < 0.6 * grid.absmax_scale(group)
+    assert search(group, importance) < 0.6 * grid.absmax_scale(group)
     importance[0] = 1e4  # now it is all that matters, and keeps its range
-    kept = grid.search_scale(group, torch.diag(importance)[None])
-    assert kept == grid.absmax_scale(group)
+    assert search(group, importance) == grid.absmax_scale(group)
+
+
+def test_cheapest_takes_the_first_of_equals():
+    scales = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    losses = torch.tensor([[2.0, 1.0], [1.0, 1.0], [1.0, 3.0]])
+    assert grid.cheapest(scales, losses).tolist() == [3.0, 2.0]
 
 
 def test_blocks_of_the_metric_add_up():
     generator = torch.Generator().manual_seed(3)
     group = torch.randn(48, 5, generator=generator, dtype=torch.float64)
     blocks = torch.stack([random_metric(16, generator) for _ in range(3)])
-    whole = torch.block_diag(*blocks)
-    assert torch.equal(grid.search_scale(group, blocks), grid.search_scale(group, whole[None]))
+    whole = torch.block_diag(*blocks)[None]
+    scales = grid.candidate_scales(group, clip=True, full_range=True)
+    torch.testing.assert_close(
+        grid.rounding_losses(group, scales, blocks), grid.rounding_losses(group, scales, whole)
+    )
 
 
 def test_metric_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"tile a group of 32, got \(1, 16, 16\)"):
-        grid.search_scale(torch.zeros(32, 2), torch.eye(16)[None])
+        grid.rounding_losses(torch.zeros(32, 2), torch.ones(1, 2), torch.eye(16)[None])

@@ -7,6 +7,7 @@ from models import COMMON, DECODER, build
 from torch import nn
 
 from gptq.plan import GroupSizeError, find_blocks, make_plan
+from marlin.experts import take_apart
 
 
 def llama(**changes):
@@ -21,6 +22,7 @@ def llama(**changes):
         ("gemma3", "model.layers"),
         ("gpt2", "transformer.h"),
         ("bert", "encoder.layer"),
+        ("mixtral", "model.layers"),
     ],
 )
 def test_blocks_are_the_models_layers(name, blocks):
@@ -45,14 +47,18 @@ def test_head_embeddings_and_poolers_stay():
     assert make_plan(build("bert"), 32).kept["pooler.dense"] == "outside the decoder layers"
 
 
-def test_experts_that_are_no_linear_layers_are_named():
+def test_experts_are_taken_apart_and_what_is_not_is_named():
     with torch.device("meta"):
         model = t.MixtralForCausalLM(t.MixtralConfig(**DECODER, num_local_experts=4))
     plan = make_plan(model, 32)
-    assert plan.kept["model.layers.0.mlp.experts"] == "not a linear layer"
-    assert {target.name.split(".")[-1] for target in plan.all_targets()} == {
-        "q_proj", "k_proj", "v_proj", "o_proj",
-    }  # fmt: skip
+    assert plan.kept["model.layers.0.mlp.experts"].startswith("experts in one tensor")
+    assert plan.kept["model.layers.0.mlp.gate"] == "not a linear layer"
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {target.name.split(".")[-1] for target in plan.all_targets()} == attention
+    take_apart(model)
+    plan = make_plan(model, 32)
+    assert "model.layers.0.mlp.experts" not in plan.kept
+    assert len(plan.all_targets()) == 3 * (4 + 4 * 2)
 
 
 def test_a_group_size_that_divides_no_k_says_which_would():

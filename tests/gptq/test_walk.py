@@ -1,13 +1,15 @@
 """The walk over small models of every architecture: nothing about a model may be assumed."""
 
+import collections
 import copy
+import re
 
 import pytest
 import torch
 from models import BUILD, HIDDEN, MLP, build, token_samples
 from torch import nn
 
-from gptq import solver, walk
+from gptq import grid, record, solver, travellers, walk
 from gptq.hessian import Hessian
 from gptq.plan import find_blocks, make_plan
 from marlin.layer import dense_weight
@@ -57,21 +59,29 @@ def quantize(model, samples, group_size=32, **options):
     return plan, [result for results in steps for result in results]
 
 
+@pytest.mark.parametrize("tokens", [1, 96])
 @pytest.mark.parametrize("name", ALL)
-def test_recorded_calls_replay_the_model(name):
-    """Layer by layer through the recorded calls must be the model itself, bit for bit."""
-    model, samples = build(name), token_samples()
+def test_recorded_calls_replay_the_model(name, tokens):
+    """Layer by layer through the recorded calls must be the model itself, batched or not."""
+    model, samples = build(name), token_samples((24, 9, 40, 17, 24, 24, 9))
     layers = list(find_blocks(model).values())
     with torch.no_grad():
-        hidden, calls = walk.record_calls(model, layers, samples, "cpu")
-        for i, sample in enumerate(samples):
-            state = hidden[i]
-            for layer, per_layer, (entered, left) in zip(
-                layers, calls, true_hidden_states(model, sample), strict=True
-            ):
-                assert torch.equal(state, entered)
-                state = per_layer[i].run(layer, state)
-                assert torch.equal(state, left)
+        batches = list(record.record_batches(model, layers, samples, tokens))
+        assert sorted(number for batch in batches for number in batch.samples) == list(range(7))
+        rows = [len(batch.samples) for batch in batches]
+        assert rows == ([1] * 7 if tokens == 1 else [2, 1, 3, 1])
+        # Batches are also taken apart along the way.
+        for batch in [half for whole in batches for half in whole.halves()]:
+            states = batch.hidden
+            expected = [true_hidden_states(model, samples[number]) for number in batch.samples]
+            for index, layer in enumerate(layers):
+                for row, layer_states in enumerate(expected):
+                    torch.testing.assert_close(states[row : row + 1], layer_states[index][0])
+                states = batch.calls[index].run(layer, states)
+                if tokens == 1:
+                    assert torch.equal(states, expected[0][index][1])
+            for row, layer_states in enumerate(expected):
+                torch.testing.assert_close(states[row : row + 1], layer_states[-1][1])
     assert not any("forward" in vars(layer) for layer in layers)  # the model is itself again
 
 
@@ -80,9 +90,16 @@ def test_quantizes_every_linear_of_every_layer_and_nothing_else(name):
     model = build(name)
     before = copy.deepcopy(model)
     plan, results = quantize(model, token_samples())
-    per_layer = {"gpt2": 4, "bert": 6}.get(name, 7)
+    per_layer = {"gpt2": 4, "bert": 6, "mixtral": 4 + 4 * 2}.get(name, 7)
     assert len(results) == 3 * per_layer == len(plan.all_targets())
-    assert all(result.method == "gptq" and result.tokens == 90 for result in results)
+    expert = re.compile(r"layers\.(\d)\.mlp\.experts\.\d\.gate_up_proj")
+    read = collections.Counter()
+    for result in results:
+        if ".experts." not in result.target.name:
+            assert result.method == "gptq" and result.tokens == 90
+        elif found := expert.search(result.target.name):
+            read[found[1]] += result.tokens
+    assert set(read.values()) <= {2 * 90}  # two experts read each token
 
     changed = set()
     originals = dict(before.named_parameters())
@@ -118,7 +135,7 @@ def test_loses_less_than_rounding_in_every_layer(name):
 @pytest.mark.parametrize("name", ALL)
 def test_solutions_come_from_what_each_layer_reads(name):
     """Layer by layer: the inputs are those behind the quantized layers before it."""
-    model, samples = build(name), token_samples()
+    model, samples = build(name), token_samples(*[(90, 80, 70, 80, 60)] * (name == "mixtral"))
     half_done = copy.deepcopy(model)
     plan = make_plan(model, 32)
     for targets, results in zip(
@@ -130,7 +147,7 @@ def test_solutions_come_from_what_each_layer_reads(name):
             linear = half_done.get_submodule(result.target.name)
             hessian = Hessian(result.target.k)
             hessian.add(inputs[result.target.name])
-            expected = solver.gptq(dense_weight(linear), hessian.mean(), 32)
+            expected = solver.gptq(dense_weight(linear).detach(), hessian.mean(), 32)
             # The sums run in another order, which may tip a code on the fence.
             same = (result.solution.codes == expected.codes).float().mean()
             assert same > 0.99, result.target.name
@@ -152,7 +169,9 @@ def test_layers_that_read_one_input_share_one_hessian(name, expected, monkeypatc
     groups, made = [], []
     solve, create = walk._solve, Hessian.__init__
     monkeypatch.setattr(
-        walk, "_solve", lambda targets, *rest: groups.append(targets) or solve(targets, *rest)
+        walk,
+        "_solve",
+        lambda reading, *rest: groups.append(reading.targets) or solve(reading, *rest),
     )
     monkeypatch.setattr(
         Hessian, "__init__", lambda self, *args: made.append(self) or create(self, *args)
@@ -177,23 +196,200 @@ def test_results_do_not_depend_on_how_activations_are_kept():
     )
 
 
-def test_activations_that_are_not_finite_name_layer_and_sample():
+def with_a_bad_token(token=299):
+    """A model that turns one token into infinity, and samples of which the third one has it."""
+    model, samples = build("llama"), token_samples((24, 24, 24, 40))
+    for sample in samples:
+        sample[sample == token] = 5
+    samples[2][0, 20] = token
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.inf
+    return model, samples
+
+
+@pytest.mark.parametrize("tokens", [1, 96])
+def test_activations_that_are_not_finite_name_layer_and_sample(tokens, monkeypatch):
+    monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", tokens)
+    model, samples = with_a_bad_token()
+    message = r"model\.layers\.0\.self_attn\.q_proj: input: .* NaN or Inf in sample 2 "
+    with pytest.raises(travellers.NonFiniteError, match=message):
+        quantize(model, samples)
+
+
+@pytest.mark.parametrize("tokens", [1, 96])
+def test_bad_samples_are_left_out_on_request(tokens, monkeypatch):
+    monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", tokens)
+    model, samples = with_a_bad_token()
+    rest = copy.deepcopy(model)
+    left_out = {}
+    _, results = quantize(model, samples, skip_bad_samples=True, on_skip=left_out.__setitem__)
+    assert left_out == {2: "model.layers.0.self_attn.q_proj: input"}
+    assert all(result.tokens == 88 for result in results)
+    _, expected = quantize(rest, [samples[0], samples[1], samples[3]])
+    for a, b in zip(results, expected, strict=True):
+        assert (a.solution.codes == b.solution.codes).float().mean() > 0.99
+
+
+def test_infinity_that_a_layer_swallows_is_found_too():
+    """A linear reads it, but nothing of it is left at the layer's end."""
+    model, samples = build("llama"), token_samples()
+
+    class Swallow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x):
+            huge = torch.inf if x.shape[1] == 9 else 1.0  # sample 1, and no other
+            return torch.nan_to_num(self.inner(x * huge), 0, 0, 0)
+
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = nn.Sequential(layer.post_attention_layernorm, Swallow())
+    message = r"layers\.0\.post_attention_layernorm\.1\.inner: input: .* in sample 1 "
+    with pytest.raises(travellers.NonFiniteError, match=message):
+        quantize(model, samples)
+
+
+def test_when_no_sample_is_finite_skipping_does_not_help():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = torch.nan
+    with pytest.raises(travellers.NonFiniteError, match=r"layers\.1\.self_attn.* in every sample"):
+        quantize(model, token_samples(), skip_bad_samples=True)
+
+
+def test_weights_that_are_not_finite_are_named():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"model\.layers\.1: .* NaN or Inf in sample 0"):
-        quantize(model, token_samples())
+    message = r"model\.layers\.1\.mlp\.down_proj: expected finite weights"
+    with pytest.raises(travellers.NonFiniteError, match=message):
+        quantize(copy.deepcopy(model), token_samples(), skip_bad_samples=True)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: weight: expected"):
+        list(walk.quantize_rtn(model, make_plan(model, 32)))
 
 
-def test_a_linear_that_no_sample_reaches_is_rounded():
+def test_linears_that_too_few_tokens_reach_are_rounded_and_say_so():
     model = build("llama")
     for layer in model.model.layers:
         layer.mlp.spare = nn.Linear(HIDDEN, 32, bias=False)
+        layer.mlp.rare = Rare()
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda mlp, args, output: output + mlp.rare(args[0])
+    )
     weight = model.model.layers[0].mlp.spare.weight.detach().clone()
     _, results = quantize(model, token_samples())
-    spare = next(r for r in results if r.target.name == "model.layers.0.mlp.spare")
-    assert spare.method == "rtn" and spare.tokens == 0 and spare.loss is None
-    assert torch.equal(spare.solution.codes, solver.rtn(weight.T, 32).codes)
+    found = {r.target.name.removeprefix("model.layers.0.mlp."): r for r in results}
+    spare = found["spare"]
+    assert spare.method == "clipped rtn" and spare.tokens == 0 and spare.loss is None
+    assert spare.note == "no token reached it"
+    assert torch.equal(spare.solution.codes, solver.rtn(weight.T, 32, clip=True).codes)
+    starved, fed = found["rare.starved"], found["rare.fed"]
+    assert starved.method == "clipped rtn" and starved.tokens == 7
+    assert starved.note == "only 7 tokens for 64 inputs" and starved.loss > 0
+    assert fed.method == "gptq" and fed.tokens == 8 and fed.note is None
+
+
+class Rare(nn.Module):
+    """Like experts: linears that are called for a few tokens only."""
+
+    def __init__(self):
+        super().__init__()
+        self.starved = nn.Linear(HIDDEN, HIDDEN)
+        self.fed = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        if x.shape[1] != 9:  # one sample has nine tokens
+            return 0
+        self.fed(x[:, :8])
+        self.starved(x[:, :7])
+        return 0
+
+
+def test_linears_that_share_an_input_only_at_times_get_a_hessian_each():
+    """As experts might: the second reads what the first does for one sample, and more later."""
+    model, samples = build("llama"), token_samples()
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(HIDDEN, HIDDEN)
+            self.second = nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x):
+            if x.shape[1] in (24, 40):
+                self.first(x)
+            self.second(x if x.shape[1] == 24 else 2 * x)
+            return x
+
+    for layer in model.model.layers:
+        layer.mlp = nn.Sequential(Router(), layer.mlp)
+    _, results = quantize(model, samples)
+    tokens = {r.target.name: r.tokens for r in results}
+    assert tokens["model.layers.0.mlp.0.first"] == 24 + 40
+    assert tokens["model.layers.0.mlp.0.second"] == 90
+
+
+def test_inputs_that_are_always_zero_are_counted_and_their_weights_rounded():
+    model = build("llama")
+    dead = [3, 17, 40]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[dead] = 0
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach().T.clone()
+    _, results = quantize(model, token_samples(), clip=False)
+    result = next(r for r in results if r.target.name == "model.layers.0.self_attn.q_proj")
+    assert result.dead_inputs == 3 and result.method == "gptq"
+    assert sum(r.dead_inputs for r in results if "layers.0" in r.target.name) == 9  # q, k, v
+    scales = result.solution.scales.float().repeat_interleave(32, dim=0)[dead]
+    codes = result.solution.codes[dead]
+    assert torch.equal(codes, grid.encode(weight[dead], scales).to(torch.uint8))
+    assert (codes != 8).any()
+
+
+def out_of_memory_when(condition, monkeypatch, module, name):
+    """Let a function fail as CUDA does, if ``condition`` says so of its arguments."""
+    original = getattr(module, name)
+
+    def failing(*args, **kwargs):
+        if condition(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_batches_that_do_not_fit_are_halved(late, monkeypatch):
+    monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", 96)
+    samples = token_samples((24, 24, 24, 24, 40))
+    whole = build("llama")
+    with torch.no_grad():
+        layers = list(find_blocks(whole).values())
+        batches = list(record.record_batches(whole, layers, samples, 96))
+    torn = copy.deepcopy(whole)
+    _, expected = quantize(whole, samples)
+    rows = []
+    too_many = lambda self, hidden, *args: rows.append(len(hidden)) or len(hidden) > 1  # noqa: E731
+    out_of_memory_when(too_many, monkeypatch, type(torn.model.layers[0]), "forward")
+    if late:  # recording still works
+
+        def arrive(self, *args):
+            self.batches = batches
+
+        monkeypatch.setattr(travellers.Travellers, "depart", arrive)
+    _, results = quantize(torn, samples)
+    assert 4 in rows and 1 in rows
+    for a, b in zip(results, expected, strict=True):
+        assert a.tokens == b.tokens == 136
+        if "layers.0" in a.target.name:  # further on the few codes on the fence add up
+            assert (a.solution.codes == b.solution.codes).float().mean() > 0.98
+
+
+def test_memory_that_never_suffices_is_an_error_that_says_what_would_help(monkeypatch):
+    out_of_memory_when(lambda *args: True, monkeypatch, travellers, "collect")
+    with pytest.raises(ValueError, match="ran out; shorter samples"):
+        quantize(build("llama"), token_samples())
 
 
 def test_layers_may_return_tuples():
@@ -237,14 +433,37 @@ def test_a_model_that_runs_its_layers_otherwise_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALL)
 def test_on_the_gpu_one_layer_at_a_time(name):
-    model, samples = build(name), token_samples()
+    model, samples = build(name), token_samples((24, 9, 24, 40, 17))
     on_cpu = copy.deepcopy(model)
     plan = make_plan(model, 32)
+    layers = list(find_blocks(model).values())
     results = []
-    for step in walk.quantize_gptq(model, plan, samples, device="cuda"):
+    for index, step in enumerate(walk.quantize_gptq(model, plan, samples, device="cuda")):
         results += step
-        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        there = {p.device.type for p in layers[index].parameters()}
+        others = {
+            p.device.type
+            for module in [model.base_model.get_input_embeddings(), *layers]
+            if module is not layers[index]
+            for p in module.parameters()
+        }
+        assert there == {"cuda"} and others == {"cpu"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
     _, expected = quantize(on_cpu, samples)
     for a, b in zip(results, expected, strict=True):
-        assert a.solution.codes.device.type == "cpu"
+        assert a.solution.codes.device.type == "cuda"
+        assert a.peak_bytes > 0
         assert a.loss == pytest.approx(b.loss, rel=0.2)
+
+
+@pytest.mark.gpu
+def test_what_does_not_fit_on_the_gpu_is_solved_on_the_cpu(monkeypatch):
+    model, samples = build("llama"), token_samples()
+    on_gpu = lambda weight, *args: weight.is_cuda and weight.shape[0] == MLP  # noqa: E731
+    out_of_memory_when(on_gpu, monkeypatch, solver, "gptq")
+    _, results = quantize(model, samples, device="cuda")
+    for result in results:
+        down = result.target.name.endswith("down_proj")
+        assert result.solution.codes.is_cuda != down
+        assert result.note == ("CUDA out of memory: solved on the CPU" if down else None)
+        assert result.method == "gptq" and result.loss < result.rtn_loss

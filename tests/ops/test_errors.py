@@ -124,6 +124,7 @@ def test_float32_activations_stay_on_the_cpu():
         (ops.unpack, "b", torch.zeros(1, 128, dtype=torch.int64)),
         (ops.pack_scales, "scales", torch.zeros(1, 64)),
         (ops.pack_scales, "scales", torch.zeros(1, 32, dtype=torch.float16)),
+        (ops.pack_scales, "scales", torch.zeros(1, 64, dtype=torch.int8)),
         (ops.unpack_scales, "s", torch.zeros(64, dtype=torch.float16)),
     ],
 )

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from marlin import checkpoint
+from marlin import shards
 from marlin.checkpoint import CheckpointError, load_pretrained, save_pretrained
 from marlin.layer import MarlinLinear, PackedModule, quantize
 from marlin.published import replace_linear
@@ -85,7 +85,7 @@ def damaged(saved, tmp_path):
 
 
 def shard_of(directory, tensor):
-    index = json.loads((directory / checkpoint.INDEX).read_text())
+    index = json.loads((directory / shards.INDEX).read_text())
     return directory / index["weight_map"][tensor]
 
 
@@ -97,10 +97,10 @@ def rewrite(directory, tensor, change):
     if new is not None:
         tensors[tensor] = new
     save_file(tensors, path)
-    index = json.loads((directory / checkpoint.INDEX).read_text())
+    index = json.loads((directory / shards.INDEX).read_text())
     if new is None:
         del index["weight_map"][tensor]
-        (directory / checkpoint.INDEX).write_text(json.dumps(index))
+        (directory / shards.INDEX).write_text(json.dumps(index))
 
 
 def edit_json(path, change):
@@ -117,7 +117,7 @@ def edit_json(path, change):
 def test_a_model_comes_back_as_it_was(name, dtype, tmp_path):
     model = make(name, dtype)
     save_pretrained(model, tmp_path / "model", max_shard_size="20KB")
-    assert (tmp_path / "model" / checkpoint.INDEX).exists()
+    assert (tmp_path / "model" / shards.INDEX).exists()
     loaded = load_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(loaded(IDS)[0], model(IDS)[0])
@@ -137,12 +137,33 @@ def test_a_model_comes_back_as_it_was(name, dtype, tmp_path):
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(saved):
-    names = json.loads((saved / checkpoint.INDEX).read_text())["weight_map"]
+    names = json.loads((saved / shards.INDEX).read_text())["weight_map"]
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     model = load_pretrained(saved)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.model.embed_tokens.weight.data[0, 0] = 5.0
     assert model.lm_head.weight[0, 0] == 5.0
+
+
+def test_a_tied_head_needs_no_mention(damaged):
+    edit_json(damaged / "config.json", set_quantization(modules_to_not_convert=[]))
+    model = load_pretrained(damaged)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_embedding_stored_twice(damaged):
+    path = shard_of(damaged, "model.embed_tokens.weight")
+    add_tensor(damaged, "lm_head.weight", load_file(path)["model.embed_tokens.weight"])
+    model = load_pretrained(damaged)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_bias_that_the_model_would_not_have(damaged):
+    add_tensor(damaged, f"{Q}.bias", torch.full((64,), 0.5))
+    model = load_pretrained(damaged)
+    layer, x = model.get_submodule(Q), torch.randn(3, 64)
+    bare = MarlinLinear.from_quantized(layer.quantized().codes, layer.quantized().scales)
+    torch.testing.assert_close(layer(x), bare(x) + 0.5)
 
 
 def test_embeddings_tied_by_hand_are_not_lost(tmp_path):
@@ -173,6 +194,11 @@ def test_the_configuration_on_disk(saved):
         "sym": True,
         "modules_to_not_convert": ["lm_head"],
         "format_version": 1,
+        "out_features": {
+            f"model.layers.{i}.self_attn.{name}": 32
+            for i in range(2)
+            for name in ("k_proj", "v_proj")
+        },
     }
     assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32"
 
@@ -322,7 +348,21 @@ def fail_at(call, function):
     return wrapped
 
 
-@pytest.mark.parametrize("where", [(checkpoint, "save_file"), (Path, "rename")])
+@pytest.mark.parametrize(
+    ("size", "expected"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("7", 7), (2**33, 2**33)]
+)
+def test_sizes_of_shards(size, expected):
+    assert shards.parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1", "5 GiB", 0, "much"])
+def test_sizes_that_are_none(size, tmp_path):
+    with pytest.raises(ValueError, match="max_shard_size"):
+        save_pretrained(make(), tmp_path / "model", max_shard_size=size)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("where", [(shards, "save_file"), (Path, "rename")])
 def test_an_interrupted_save_destroys_nothing(where, damaged, monkeypatch):
     before = contents(damaged)
     other = make(group_size=64)
@@ -340,7 +380,7 @@ def test_an_interrupted_save_destroys_nothing(where, damaged, monkeypatch):
 
 
 def test_an_interrupted_first_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_file", fail_at(1, save_file))
+    monkeypatch.setattr(shards, "save_file", fail_at(1, save_file))
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(make(), tmp_path / "deep" / "model")
     assert not (tmp_path / "deep" / "model").exists()
@@ -408,7 +448,7 @@ def test_damaged_tensors(damage, damaged):
 def add_tensor(directory, name, tensor):
     path = shard_of(directory, NORM)
     save_file({**load_file(path), name: tensor}, path)
-    edit_json(directory / checkpoint.INDEX, lambda i: i["weight_map"].update({name: path.name}))
+    edit_json(directory / shards.INDEX, lambda i: i["weight_map"].update({name: path.name}))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +458,7 @@ def add_tensor(directory, name, tensor):
         ("model.norm.B", "packed weights for what is no linear layer: model.norm"),
         ("lm_head.B", "packed, but in modules_to_not_convert: lm_head"),
         ("lm_head.weight", "tied and stored twice"),
-        (f"{Q}.bias", f"unexpected tensors: {Q}.bias"),
+        (f"{Q}.bias", f"{Q}.bias: expected shape"),
     ],
 )
 def test_tensors_that_do_not_belong(name, message, damaged):
@@ -444,7 +484,7 @@ def test_tensors_that_do_not_belong(name, message, damaged):
 def test_an_index_cannot_name_other_files(filename, damaged):
     outside = damaged.parent / "model.safetensors"
     save_file({NORM: torch.ones(64)}, outside)
-    edit_json(damaged / checkpoint.INDEX, lambda i: i["weight_map"].update({NORM: filename}))
+    edit_json(damaged / shards.INDEX, lambda i: i["weight_map"].update({NORM: filename}))
     with pytest.raises(CheckpointError, match="bad file name"):
         load_pretrained(damaged)
 
@@ -452,7 +492,7 @@ def test_an_index_cannot_name_other_files(filename, damaged):
 def test_an_index_that_disagrees_with_the_files(damaged):
     other = shard_of(damaged, f"{Q}.B").name
     assert other != shard_of(damaged, NORM).name
-    edit_json(damaged / checkpoint.INDEX, lambda i: i["weight_map"].update({NORM: other}))
+    edit_json(damaged / shards.INDEX, lambda i: i["weight_map"].update({NORM: other}))
     with pytest.raises(CheckpointError, match=r"index and files disagree on model\.norm"):
         load_pretrained(damaged)
 
@@ -474,12 +514,12 @@ def test_a_missing_or_cut_file(damaged):
     path.unlink()
     with pytest.raises(CheckpointError, match=f"no {path.name}"):
         load_pretrained(damaged)
-    (damaged / checkpoint.INDEX).unlink()
+    (damaged / shards.INDEX).unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_pretrained(damaged)
 
 
-@pytest.mark.parametrize("name", [checkpoint.INDEX, "config.json"])
+@pytest.mark.parametrize("name", [shards.INDEX, "config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"weight_map": []}', "\x00", "\udc80"])
 def test_broken_json(name, text, damaged):
     (damaged / name).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -494,15 +534,15 @@ def set_quantization(**values):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("quantization_config"), "quant_method 'marlin' .* got None"),
-        (set_quantization(quant_method="gptq"), "quant_method 'marlin'"),
+        (lambda c: c.pop("quantization_config"), "not quantized"),
+        (set_quantization(quant_method="gptq"), r"missing tensor .*\.qweight|no packed layers"),
+        (set_quantization(quant_method="fp8"), "expected a quant_method of gptq, .*got 'fp8'"),
         (set_quantization(bits=8), "expected bits=4, got 8"),
-        (set_quantization(sym=False), "expected sym=True, got False"),
+        (set_quantization(sym=False), "zeros missing in model.layers.0"),
         (set_quantization(format_version=2), "expected format_version=1, got 2"),
         (set_quantization(group_size=64), r"\.s: expected shape \(1, 64\), got \(2, 64\)"),
         (set_quantization(group_size=48), "group_size=48 does not fit"),
         (set_quantization(group_size="32"), "group_size must be"),
-        (set_quantization(modules_to_not_convert=[]), "lm_head: missing tensor lm_head.B"),
         (set_quantization(modules_to_not_convert=None), "modules_to_not_convert must be"),
         (set_quantization(modules_to_not_convert=["lm_head", Q]), f"packed, but .* {Q}"),
         (set_quantization(group_size_overrides={Q: "x"}), "q_proj"),

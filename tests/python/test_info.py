@@ -42,7 +42,7 @@ def test_this_gpu_can_run():
 
 def test_no_subcommand_and_help():
     wrong = run_marlin()
-    assert wrong.returncode == 2 and "SUBCOMMAND" in wrong.stderr
+    assert wrong.returncode == 2 and "COMMAND" in wrong.stderr
     assert "info" in run_marlin("--help").stdout
 
 

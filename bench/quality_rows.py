@@ -1,0 +1,81 @@
+"""Which quantizations `quality` compares, most telling first, so that a part of them is useful."""
+
+from dataclasses import dataclass
+
+from gptq.solver import PUBLISHED
+
+FULL, RTN, GPTQ = "full", "rtn", "gptq"
+PLAIN_CLIP = {**PUBLISHED, "clip": True, "metric": "block"}
+# Each addition to the published algorithm alone …
+ALONE = {
+    "clip by conditional H": {"clip": True, "metric": "conditional"},
+    "clip by its diagonal": {"clip": True, "metric": "diagonal"},
+    "clip by trial": {"clip": True, "metric": "trial"},
+    "full range": {"full_range": True, "metric": "trial"},
+    "order": {"order": True},
+    "refit": {"refit": True},
+    "sweeps": {"sweeps": 3},
+}
+# … and on top of one another; with the last one all are on, which is the default.
+TOGETHER = {
+    "+ full range": {"clip": True, "metric": "trial", "full_range": True},
+    "+ order": {"order": True},
+    "+ refit": {"refit": True},
+}
+TOKENS = 24_576
+GROWTH = (12_288, 49_152, None)  # None: all there are
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantization to measure."""
+
+    name: str
+    method: str
+    group_size: int = 64
+    options: tuple = ()  # (name, value) pairs for solver.rtn or solver.gptq
+    seed: int = 0
+    tokens: int | None = TOKENS  # of calibration, for GPTQ (an encoder counts sentences instead)
+
+    def settings(self) -> tuple:
+        """What rows that may be compared with each other have in common."""
+        return self.group_size, self.seed, self.tokens
+
+
+def rtn_rows(group: int, tokens: int | None) -> list[Row]:
+    kinds = {"RTN": {}, "RTN full range": {"full_range": True}, "RTN clipped": {"clip": True}}
+    return [Row(n, RTN, group, tuple(o.items()), 0, tokens) for n, o in kinds.items()]
+
+
+def gptq_rows(names: dict[str, dict], group: int, seed: int, tokens: int | None) -> list[Row]:
+    return [
+        Row(name, GPTQ, group, tuple(options.items()), seed, tokens)
+        for name, options in names.items()
+    ]
+
+
+def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -> list[Row]:
+    """Rows in the order of their worth. groups: sizes that the model takes, the main one first."""
+    main, *others = groups
+    short = {"published": PUBLISHED, "default": {}}
+    anchors = {"published": PUBLISHED, "plain clip": PLAIN_CLIP, "default": {}}
+    rows = rtn_rows(main, tokens)[:1] + gptq_rows(anchors, main, 0, tokens)
+    if quick:
+        return rows
+    for amount in growth[-1:]:
+        rows += gptq_rows(anchors, main, 0, amount)
+    rows += rtn_rows(main, tokens)[1:]
+    rows += gptq_rows({n: {**PUBLISHED, **o} for n, o in ALONE.items()}, main, 0, tokens)
+    stacked, steps = dict(PUBLISHED), {}
+    for name, options in TOGETHER.items():
+        stacked |= options
+        steps[name] = dict(stacked)
+    rows += gptq_rows(steps, main, 0, tokens)
+    for seed in SEEDS[1:]:
+        rows += gptq_rows(anchors, main, seed, tokens)
+    for group in others:
+        rows += rtn_rows(group, tokens)[:1] + gptq_rows(short, group, 0, tokens)
+    for amount in growth[:-1]:
+        rows += gptq_rows(short, main, 0, amount)
+    return rows

@@ -1,0 +1,33 @@
+// What every operator on CUDA needs around its launches: device, stream, errors.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "torch/tensors.h"
+
+namespace marlin::ops {
+
+// Makes a tensor's device current for the scope and knows the stream to launch on.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+
+  int index() const { return index_; }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+
+ private:
+  int index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+inline void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess)
+    fail(op, "launch", "a kernel that starts",
+         join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
+}
+
+}  // namespace marlin::ops

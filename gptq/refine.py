@@ -1,0 +1,88 @@
+"""What can still be gained when every weight has a code: better scales, better codes, in turn.
+
+Both steps look at all inputs at once, where the column loop saw only those still ahead, and both
+lower the loss ``tr((W - Ŵ)ᵀ H (W - Ŵ))`` of every output or leave it alone.
+"""
+
+import torch
+from torch import Tensor
+
+from . import grid
+from .columns import quantize_columns
+
+# Numbers in the linear systems held at once, (outputs, groups, groups): 256 MB in FP32.
+SYSTEM_NUMBERS = 2**26
+# Keeps a system solvable in FP32 when two groups' contributions are nearly the same.
+RIDGE = 1e-5
+
+
+def refit_scales(
+    weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float
+) -> Tensor:
+    """For given codes the scales of least loss, per output: a linear system over its groups.
+
+    weight, codes: (k, n). scales: (groups, n). damped: (k, k), H with ``shift`` added on its
+    diagonal, which the system is made with. The verdict is undamped: an output gets its new scales
+    only if they, rounded to FP16, lose less under H. Returns (groups, n), values that FP16 holds.
+    """
+    groups, n = scales.shape
+    width = max(1, SYSTEM_NUMBERS // groups**2)
+    return torch.cat(
+        [
+            _refit(*(t[:, start : start + width] for t in (weight, codes, scales)), damped, shift)
+            for start in range(0, n, width)
+        ],
+        dim=1,
+    )
+
+
+def _refit(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
+    groups, n = scales.shape
+    levels = (codes - grid.ZERO).view(groups, -1, n)
+    group = levels.shape[1]
+    # system[i, j] = levels_iᵀ H_ij levels_j and target[i] = levels_iᵀ (H W)_i, for every output.
+    target = ((damped @ weight).view_as(levels) * levels).sum(dim=1)
+    system = weight.new_empty(groups, groups, n)
+    for i in range(groups):
+        seen = damped[:, i * group : (i + 1) * group] @ levels[i]
+        torch.sum(seen.view_as(levels) * levels, dim=1, out=system[i])
+    system = system.permute(2, 0, 1).contiguous()
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    empty = diagonal == 0  # every weight of the group is 0: any scale will do
+    diagonal.add_(diagonal * RIDGE + empty)
+    factors, failed = torch.linalg.cholesky_ex(system)
+    fitted = torch.cholesky_solve(target.T.unsqueeze(2), factors).squeeze(2)
+    usable = torch.isfinite(fitted) & ~empty & (failed == 0)[:, None]
+    fitted = grid.round_scale(torch.where(usable, fitted, scales.T).T)
+    before, after = (_losses(weight, levels, s, damped, shift) for s in (scales, fitted))
+    return torch.where(after < before, fitted, scales)
+
+
+def _losses(weight: Tensor, levels: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
+    """(n,) eᵀ H e of each output."""
+    error = weight - (levels * scales[:, None]).flatten(0, 1)
+    return ((damped @ error - shift * error) * error).sum(dim=0)
+
+
+def sweep(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, block: int) -> Tensor:
+    """Every code once more, given all others: the nearest to what is best for the output.
+
+    weight, codes: (k, n). scales: (groups, n). damped: (k, k), positive diagonal. block: inputs per
+    lazy update, at most a group's and dividing it. Returns codes (k, n).
+    """
+    k = len(weight)
+    group = k // len(scales)
+    codes = codes.clone()
+    values = grid.decode(codes, scales.repeat_interleave(group, dim=0))
+    pull = damped @ (weight - values)
+    diagonal = damped.diagonal()
+    coupling = -damped / diagonal  # [j, i]: what moving input j does to the best place of input i
+    for start in range(0, k, block):
+        part = slice(start, start + block)
+        best = values[part] + pull[part] / diagonal[part, None]
+        # All of it: moving j also asks for a new look at the inputs before it, in the next sweep.
+        codes[part], moved = quantize_columns(
+            best, coupling[part, part], scales[start // group], values[part]
+        )
+        pull.addmm_(damped[:, part], moved)
+    return codes

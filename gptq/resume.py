@@ -1,0 +1,188 @@
+"""Finished layers of a run that is not finished, so that no more than one is ever lost.
+
+``OUT/.unfinished`` holds ``manifest.json``, which pins the model, the options and the calibration,
+and ``layer-00000.safetensors`` and so on: the packed weights of one decoder layer each (``X.B`` and
+``X.s`` of DESIGN §2.3), and in the file's metadata how every one of them went. A file gets its name
+when it is complete, so killing the process at any moment leaves whole layers only. The final
+checkpoint is written from these files, mapped rather than read: host memory never holds all of it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from marlin import ops
+from marlin.layer import MarlinLinear
+
+from . import report
+from .plan import Plan, Target
+from .solver import Solution
+from .walk import Done, Result
+
+FOLDER = ".unfinished"
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class ResumeError(ValueError):
+    """What lies there cannot be continued, or must not be lost."""
+
+
+class Store:
+    """The finished layers beside a checkpoint that is being made in ``out``.
+
+    plan: what is quantized. pins: JSON values by name that a later run must share to go on.
+    resume: go on after the last finished layer, from the start where there is none. restart: throw
+    away what an earlier run has finished. Raises ResumeError when an earlier run left something
+    and neither was asked for, or it was made with other pins.
+    """
+
+    def __init__(
+        self, out: Path, plan: Plan, pins: dict, *, resume: bool = False, restart: bool = False
+    ) -> None:
+        self.folder = out / FOLDER
+        self.plan = plan
+        pins = json.loads(json.dumps({"format": FORMAT, **pins}))  # tuples and lists alike
+        if restart:
+            self.remove()
+        manifest = self.folder / MANIFEST
+        self.count = self._finished() if manifest.exists() else 0  # layers that need no more work
+        if self.count and not resume:
+            raise ResumeError(
+                f"{self.folder}: an earlier run finished {self.count} of {len(plan.blocks)} "
+                "layers; --resume goes on after them, --restart throws them away"
+            )
+        if self.count:
+            _compare(_read(manifest), pins, self.folder)
+        self._manifest = json.dumps(pins, indent=1) + "\n"
+
+    @property
+    def done(self) -> Done:
+        """For the walk to go on from."""
+        return Done(self.count, self.results)
+
+    def write(self, index: int, results: list[Result]) -> None:
+        """Keep a finished layer."""
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+        if index == 0:  # what an earlier run left without finishing a layer may be another's
+            _write(self.folder / MANIFEST, lambda path: path.write_text(self._manifest))
+        tensors: dict[str, Tensor] = {}
+        for result in results:
+            packed = pack(result.solution)
+            tensors[f"{result.target.name}.B"] = packed.B.cpu()
+            tensors[f"{result.target.name}.s"] = packed.s.cpu()
+        metadata = {"modules": json.dumps([report.module(result) for result in results])}
+        _write(self._path(index), lambda path: save_file(tensors, path, metadata))
+
+    def layers(self, index: int, model: nn.Module) -> dict[str, MarlinLinear]:
+        """The packed layers of a finished decoder layer, mapped from its file; biases come from
+        the linears in ``model`` that they stand for."""
+        with safe_open(self._path(index), framework="pt") as file:
+            layers = {}
+            for target in self.plan.targets[index]:
+                words, scales = (file.get_tensor(f"{target.name}.{part}") for part in "Bs")
+                bias = model.get_submodule(target.name).bias
+                bias = None if bias is None else bias.detach().to("cpu", copy=True)
+                layers[target.name] = _layer(target, words, scales, bias)
+        return layers
+
+    def results(self, index: int) -> list[Result]:
+        """What was written for a finished decoder layer."""
+        with safe_open(self._path(index), framework="pt") as file:
+            modules = {m["name"]: m for m in json.loads(file.metadata()["modules"])}
+            return [
+                report.result(
+                    target,
+                    modules[target.name],
+                    _unpack(target, *(file.get_tensor(f"{target.name}.{p}").clone() for p in "Bs")),
+                )
+                for target in self.plan.targets[index]
+            ]
+
+    def remove(self) -> None:
+        """Once everything is in the checkpoint."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}.safetensors"
+
+    def _finished(self) -> int:
+        """How many layers from the first on are there, whole."""
+        for index, targets in enumerate(self.plan.targets):
+            expected = {f"{target.name}.{part}" for target in targets for part in "Bs"}
+            try:
+                with safe_open(self._path(index), framework="pt") as file:
+                    if set(file.keys()) != expected:
+                        return index
+            except (OSError, SafetensorError):  # not there, or the machine went down in between
+                return index
+        return len(self.plan.targets)
+
+
+def pack(solution: Solution, bias: Tensor | None = None) -> MarlinLinear:
+    """A Marlin layer, packed where the solution is if the operators for that are there."""
+    if solution.codes.device.type == "cuda" and ops.why_no_cuda():
+        solution = solution.cpu()
+    return MarlinLinear.from_quantized(solution.codes, solution.scales, bias)
+
+
+def _layer(target: Target, words: Tensor, scales: Tensor, bias: Tensor | None) -> MarlinLinear:
+    group = target.k // scales.shape[0]
+    layer = MarlinLinear(
+        target.k, target.n, bias is not None, group_size=group, dtype=scales.dtype, device="meta"
+    )
+    layer.B, layer.s, layer.bias = words, scales, bias
+    return layer
+
+
+def _unpack(target: Target, words: Tensor, scales: Tensor) -> Solution:
+    codes, scales = ops.unpack(words), ops.unpack_scales(scales)
+    return Solution(codes[:, : target.n].contiguous(), scales[:, : target.n].contiguous())
+
+
+def _write(path: Path, write) -> None:
+    """Under another name first: a file with its own name is complete."""
+    unfinished = path.with_name(path.name + ".part")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def _read(manifest: Path) -> dict:
+    try:
+        return json.loads(manifest.read_text())
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{manifest}: {error}; --restart starts over") from error
+
+
+def _compare(before: dict, now: dict, folder: Path) -> None:
+    before, now = _flat(before), _flat(now)
+    differences = [
+        f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ResumeError(
+            f"{folder}: expected the settings of the run that began there; "
+            f"{'; '.join(differences)}. The same settings go on, --restart starts over"
+        )
+
+
+def _flat(pins: dict) -> dict:
+    """One level of names within names: options.damping."""
+    flat = {}
+    for name, value in pins.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": part for key, part in inner.items()} or {name: value}
+    return flat
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,231 @@
+"""From one checkpoint format into another, a shard at a time: `marlin convert`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from marlin import formats
+from marlin.shards import BESIDE, CONFIG, PICKLES, CheckpointError, ShardWriter, staged
+from marlin.sources import DTYPES, Source, StateDictSource, open_source
+
+SHARD_BYTES = 10**9
+# Not copied: what the new checkpoint has of its own, and weights in formats that are not read.
+WEIGHTS = ("*.safetensors", "*.index.json", *PICKLES, "*.gguf", "*.onnx*", "*.h5", "*.msgpack")
+LEFT_OUT = (CONFIG, *BESIDE, *WEIGHTS, ".*")
+EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|shared|embed_in|embed_(tokens|positions)|\w*embeddings?)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    source: str  # format
+    target: str
+    layers: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    format: str,
+    *,
+    config: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[list], Iterable] = iter,
+) -> Report:
+    """Writes a checkpoint in another format. Codes, scales and zero points stay what they are.
+
+    Everything is written beside the target's content and renamed into place at the end: whatever
+    goes wrong, the target is as it was. Memory is that of about two shards of output. Tokenizer
+    and other files are copied.
+
+    Args:
+        source: a directory in any format that is read, or a state dict that the published GPTQ
+            script saved with torch.save.
+        target: a directory, new or empty.
+        format: "marlin", "gptq" or "compressed-tensors".
+        config: for a state dict, the directory of the model's config.json, if not beside it.
+        device: where the work is done.
+        shard_bytes: a file holds no more, unless one tensor alone does.
+        overwrite: replace the checkpoint that target has.
+        progress: wraps the list of steps (tqdm does).
+
+    Raises:
+        CheckpointError: a source that is damaged or not read, or holds what format cannot.
+    """
+    source, target = Path(source), Path(target)
+    if format not in formats.WRITERS:
+        known = ", ".join(formats.WRITERS)
+        raise ValueError(f"format: expected one of {known}, got {format!r}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device}, but torch sees no CUDA device")
+    check_target(source, target, overwrite)
+    started = time.perf_counter()
+    with open_source(source, config and Path(config), device) as opened, staged(target) as stage:
+        written = write_all(opened, formats.WRITERS[format], stage, shard_bytes, progress)
+        copy_companions(opened.directory, stage)
+    return Report(
+        opened.reader.name,
+        format,
+        len(opened.layers),
+        sum(info.bytes for info in opened.tensors.values()),
+        written,
+        time.perf_counter() - started,
+    )
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    inner, outer = target.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or (outer.is_dir() and inner in outer.parents):
+        raise ValueError(f"target: expected a directory apart from the source, got {target}")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"target: expected a directory, {target} is a file")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"target: {target} is not empty")
+
+
+def write_all(source: Source, writer, stage: Path, shard_bytes: int, progress) -> int:
+    """Every tensor and the configuration; the number of bytes of the tensors."""
+    summaries = {}
+    with ShardWriter(stage, shard_bytes) as shards:
+        for name, summary, tensors in run_ahead(tasks(source, writer, progress)):
+            if summary is not None:
+                summaries[name] = summary
+            for tensor_name, tensor in tensors.items():
+                shards.add(tensor_name, tensor)
+        values = new_config(source, writer.config(summaries, dense_layers(source)))
+        write_json(stage / CONFIG, values)
+        shards.finish()
+    reader = formats.reader_of(values)
+    if reader.layers(shards.sizes).keys() != source.layers.keys():
+        raise CheckpointError(f"{source.directory}: tensors that {writer.NAME} would misread")
+    if writer.NAME == "gptq":
+        write_json(stage / BESIDE[0], values["quantization_config"])
+    return sum(shards.sizes.values())
+
+
+def tasks(source: Source, writer, progress) -> Iterator[Callable]:
+    """What is to be done, a function for each packed layer and each tensor that is copied.
+
+    Files are opened and closed here, by one thread; the work is left to the functions.
+    """
+    file = None
+    for step in progress(steps_by_file(source)):
+        if file not in (None, step.file):
+            source.release(file)
+        file = step.file
+        if step.packed:
+            yield partial(converted, source, writer, step.name, source.parts(step.name))
+        else:
+            yield partial(copied, step.name, source.tensor(step.name))
+
+
+def copied(name: str, tensor: Tensor):
+    return name, None, {name: tensor.cpu()}
+
+
+def converted(source: Source, writer, layer: str, parts: dict[str, Tensor]):
+    """(layer, summary, the tensors that it is written as)."""
+    weight = source.read(layer, parts)
+    written = writer.write(layer, weight)
+    tensors = {f"{layer}.{part}": tensor.cpu() for part, tensor in written.items()}
+    return layer, formats.LayerSummary.of(weight), tensors
+
+
+def run_ahead(functions: Iterable[Callable]) -> Iterator:
+    """Results in order, from a few threads that are a few functions ahead.
+
+    One thread per layer scales better than all threads on one layer after another: the operations
+    are short, and on a busy machine those threads would wait for each other.
+    """
+    workers = min(4, len(os.sched_getaffinity(0)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool, queue = ThreadPoolExecutor(workers), deque()
+    try:
+        for function in functions:
+            queue.append(pool.submit(function))
+            if len(queue) > workers:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+class Step(NamedTuple):
+    file: str
+    name: str  # of a packed layer, or of a tensor that is copied
+    packed: bool
+
+
+def steps_by_file(source: Source) -> list[Step]:
+    """All there is to do, so that each file is needed once (but for layers split over two)."""
+    main = source.reader.main
+    steps = [Step(source.tensors[name].file, name, False) for name in source.dense]
+    for layer, parts in source.layers.items():
+        steps.append(Step(source.tensors[parts[main]].file, layer, True))
+    return sorted(steps, key=lambda step: (step.file, natural(step.name)))
+
+
+def natural(name: str) -> list:
+    """A key that sorts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def dense_layers(source: Source) -> list[str]:
+    """Names of the matrices that may be linear layers and are not packed.
+
+    The output head is among them even if it is not stored: it may be tied to the embeddings.
+    """
+    names = {
+        name.removesuffix(".weight")
+        for name in source.dense
+        if name.endswith(".weight")
+        and len(source.tensors[name].shape) == 2
+        and source.tensors[name].dtype in DTYPES.values()
+    }
+    heads = set() if "lm_head" in source.layers else {"lm_head"}
+    return sorted(heads | {name for name in names if not EMBEDDING.fullmatch(name)})
+
+
+def new_config(source: Source, quantization: dict) -> dict:
+    """The model's configuration with the new format's."""
+    values = dict(source.config)
+    values.pop("compression_config", None)
+    if isinstance(source, StateDictSource):  # of the original model, not of what was saved
+        kinds = Counter(source.state[name].dtype for name in source.dense)
+        kept = [dtype for dtype, _ in kinds.most_common() if dtype in DTYPES]
+        if kept:
+            values.pop("torch_dtype", None)
+            values["dtype"] = str(kept[0]).removeprefix("torch.")
+    return values | {"quantization_config": quantization}
+
+
+def copy_companions(source: Path, stage: Path) -> None:
+    """Tokenizer, generation settings, licence: all but weights and configuration."""
+    shutil.copytree(source, stage, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,276 @@
+"""The files of a checkpoint: safetensors shards, their index, and folders written as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and GPTQModel's; AutoAWQ's
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be what it says it is."""
+
+
+class ShardWriter:
+    """Collects tensors into files of a limited size, and writes one while it collects the next."""
+
+    def __init__(self, stage: Path, limit: int):
+        self.stage, self.limit = stage, limit
+        self.sizes: dict[str, int] = {}
+        self.files: list[list[str]] = []  # the names in each
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_bytes = 0
+        self.storages: set[int] = set()  # of the pending
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.saving: Future | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.sizes:
+            raise CheckpointError(f"two tensors would be called {name}")
+        tensor = tensor.cpu().contiguous()
+        size = self.sizes[name] = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.limit:
+            self.flush()
+        if (storage := tensor.untyped_storage().data_ptr()) in self.storages:
+            tensor = tensor.clone()  # a file cannot hold two views of one storage
+        self.storages.add(storage)
+        self.pending[name] = tensor
+        self.pending_bytes += size
+
+    def flush(self) -> None:
+        self.wait()
+        path = self.stage / f"shard-{len(self.files)}"
+        self.saving = self.pool.submit(save_file, self.pending, path, metadata={"format": "pt"})
+        self.files.append(list(self.pending))
+        self.pending, self.pending_bytes, self.storages = {}, 0, set()
+
+    def wait(self) -> None:
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
+
+    def finish(self) -> None:
+        """Writes what is left, names the files as they are many, and writes their index."""
+        self.flush()
+        self.wait()
+        count = len(self.files)
+        weight_map = {}
+        for number, names in enumerate(self.files):
+            name = WEIGHTS if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+            (self.stage / f"shard-{number}").rename(self.stage / name)
+            # safetensors keeps its files to their owner; a checkpoint is like any other file.
+            (self.stage / name).chmod((self.stage / CONFIG).stat().st_mode)
+            weight_map |= dict.fromkeys(names, name)
+        if count > 1:
+            metadata = {"total_size": sum(self.sizes.values())}
+            index = {"metadata": metadata, "weight_map": weight_map}
+            (self.stage / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_shards(tensors: dict[str, torch.Tensor], stage: Path, max_shard_size: int | str) -> None:
+    """All of a model's tensors beside its config.json. max_shard_size: bytes, or "5GB" say."""
+    with ShardWriter(stage, parse_size(max_shard_size)) as shards:
+        for name, tensor in tensors.items():
+            shards.add(name, tensor.detach())
+        shards.finish()
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes. Raises ValueError for what is neither a number of them nor like "5GB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).upper())
+    if not found or not (count := int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))):
+        raise ValueError(f"max_shard_size: expected bytes, or a text like '5GB', got {size!r}")
+    return count
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder to write into, whose content takes the old checkpoint's place at the end.
+
+    It lies inside target, so that this works on mounted directories too.
+    """
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield stage
+        install(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if made and not any(target.iterdir()):
+            target.rmdir()
+
+
+def install(stage: Path, target: Path) -> None:
+    """Moves the old checkpoint's files aside, the new ones in, then drops the old.
+
+    config.json goes first and comes last: whoever looks in between finds no checkpoint rather
+    than parts of two. Nothing is deleted before everything is in its place.
+    """
+    new = {path.name for path in stage.iterdir()}
+    old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
+    aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
+    config_last = lambda name: name == "config.json"  # noqa: E731
+    moves = [(target / name, aside / name) for name in sorted(old, key=config_last, reverse=True)]
+    moves += [(stage / name, target / name) for name in sorted(new, key=config_last)]
+    done = []
+    try:
+        for source, destination in moves:
+            source.rename(destination)
+            done.append((source, destination))
+    except BaseException:
+        for source, destination in reversed(done):
+            destination.rename(source)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+def belongs(filename: str) -> bool:
+    """Whether a file is part of a checkpoint, even if a new one has none of that name."""
+    weights = filename.startswith("model") and filename.endswith(".safetensors")
+    return weights or filename in (INDEX, "generation_config.json", *BESIDE)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, in which no key may come twice."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """Of two equal keys a parser takes one or the other: readers would see different files."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+        raise ValueError(f"keys that come twice: {some(twice)}")
+    return value
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    file: str
+    dtype: str  # safetensors' name of it: F16, BF16, I32...
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def list_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint, from the index and from the files themselves.
+
+    Without an index there has to be one safetensors file, of any name.
+
+    Raises:
+        CheckpointError: files that are missing, truncated or oversized, names that come twice,
+            an index that names other directories or disagrees with the files.
+    """
+    claimed = read_index(directory)
+    found = {}
+    for filename in sorted(set(claimed.values())) if claimed else [only_shard(directory)]:
+        for name, info in read_header(directory / filename).items():
+            if name in found:
+                raise CheckpointError(f"{directory}: {name} is in two files")
+            found[name] = info
+    if claimed is not None and claimed != {name: info.file for name, info in found.items()}:
+        files = {name: info.file for name, info in found.items()}
+        wrong = [n for n in claimed | files if claimed.get(n) != files.get(n)]
+        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
+    return found
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Each tensor's file as the index has it, None if there is no index."""
+    if not (directory / INDEX).is_file():
+        return None
+    claimed = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(claimed, dict) or not claimed:
+        raise CheckpointError(f"{directory / INDEX}: no weight_map")
+    for filename in claimed.values():
+        # An index comes with the download: it may name files of this directory only.
+        plain = isinstance(filename, str) and filename == Path(filename).name
+        if not plain or not filename.endswith(".safetensors") or "\\" in filename:
+            raise CheckpointError(f"{directory / INDEX}: bad file name {filename!r}")
+    return claimed
+
+
+def only_shard(directory: Path) -> str:
+    if (directory / WEIGHTS).is_file():
+        return WEIGHTS
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise CheckpointError(f"{directory}: {some(others)}, but no {INDEX} that lists them")
+    pickles = [path.name for kind in PICKLES for path in directory.glob(kind)]
+    refused = f"; {some(pickles)}: pickles are not read" if pickles else ""
+    raise CheckpointError(f"{directory}: no {WEIGHTS}{refused}")
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, which are checked to fill it exactly."""
+    with open_shard(path):  # the library checks the header, for all but names that come twice
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(
+            path.name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+@contextlib.contextmanager
+def open_shard(path: Path, device: str = "cpu") -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt", device=device) as shard:
+            yield shard
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def some(names) -> str:
+    """A few of many names, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,113 @@
+"""The quality bench on a tiny random model: its tables, its arithmetic, its texts."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cli, quality, quality_rows, quality_texts
+from bench.quality_judges import LanguageJudge, Score, resampled
+from gptq import calibration, solver
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gptq"))
+import models
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A language model and an encoder, as people have them."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama", "bert"):
+        models.save(name, folder / name)
+    return [str(folder / name) for name in ("llama", "bert")]
+
+
+def test_a_quick_run_of_both_kinds(directories, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "QUICK_TOKENS", 300)
+    monkeypatch.setattr(quality, "SENTENCES", 12)
+    argv = ["quality", "--quick", "--models", ",".join(directories), "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    (path,) = tmp_path.glob("*/quality-quick-chosen.json")
+    result = json.loads(path.read_text())
+    rows = {(row["model"], row["name"]): row for row in result["rows"]}
+    for model, measure in (("llama", "nll"), ("bert", "cosine")):
+        full, rtn, default, packed = (
+            rows[model, name]["domains"]["reference"]
+            for name in ("full precision", "RTN", "default", quality.PACKED)
+        )
+        assert full["delta"] == 0 and rtn["closed"] == 0
+        assert default["closed"] == pytest.approx(1 - default["delta"] / rtn["delta"])
+        assert packed[measure] == pytest.approx(default[measure], abs=2e-3)
+        assert rows[model, "default"]["loss_to_rtn"] < rows[model, "published"]["loss_to_rtn"] < 1
+    assert rows["llama", "full precision"]["domains"]["docstrings"]["top1"] == 1
+    table = capsys.readouterr().out
+    assert "llama: 300 tokens of docstrings" in table or "tokens of docstrings" in table
+    assert "bert: 12 sentences of reference" in table
+
+
+def test_no_time_means_no_rows_but_a_result(directories, tmp_path):
+    argv = ["quality", "--quick", "--models", directories[1], "--budget", "0.001"]
+    assert cli.main([*argv, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/quality-quick-chosen.json")
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["full precision"]
+
+
+def test_the_judge_scores_as_a_loop_over_tokens_would():
+    model, other = models.build("llama"), models.build("llama", seed=1)
+    judge = LanguageJudge(model, models.tokenizer(), "cpu", 200, 64)
+    judge.pieces = {"text": [piece[:, :20] for piece in judge.pieces["reference"][:1]]}
+    judge.pieces["text"].append(judge.pieces["text"][0][:, :7])  # padded beside the longer one
+    score = judge(other)["text"]
+    assert score.weight.tolist() == [19, 6]
+    for i, piece in enumerate(judge.pieces["text"]):
+        nll = kl = top1 = 0.0
+        with torch.no_grad():
+            ours, theirs = (m(input_ids=piece).logits[0].log_softmax(-1) for m in (other, model))
+        for j in range(piece.shape[1] - 1):
+            nll -= ours[j, piece[0, j + 1]].item()
+            kl += (theirs[j].exp() * (theirs[j] - ours[j])).sum().item()
+            top1 += (ours[j].argmax() == theirs[j].argmax()).item()
+        found = [score.sums[name][i].item() for name in ("nll", "kl", "top1")]
+        assert found == pytest.approx([nll, kl, top1], rel=1e-4)
+
+
+def test_bootstrap_covers_the_difference():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.full((60,), 10.0, dtype=torch.float64)
+    base = torch.randn(60, generator=generator, dtype=torch.float64)
+    shift = 2 + torch.randn(60, generator=generator, dtype=torch.float64)
+    low, high = resampled(Score(weight, {"nll": base + shift}), Score(weight, {"nll": base}), "nll")
+    # A mean of 0.2 with a standard error of 0.1/sqrt(60): the spread of `base` is paired off.
+    assert low < shift.mean() / 10 < high
+    assert high - low == pytest.approx(4 * 0.1 / 60**0.5, rel=0.25)
+
+
+def test_rows_start_with_what_tells_most_and_end_with_all_on():
+    rows = quality_rows.matrix([64, 32, -1], 24_576, (12_288, None))
+    assert [row.name for row in rows[:4]] == ["RTN", "published", "plain clip", "default"]
+    assert len(rows) == len(set(rows))
+    together = [dict(row.options) for row in rows if row.name == "+ refit"]
+    default = solver.gptq.__kwdefaults__
+    assert all(default[name] == value for name, value in together[0].items() if name != "sweeps")
+    assert {row.seed for row in rows if row.name == "default"} == {0, 1, 2}
+    assert {row.group_size for row in rows} == {64, 32, -1}
+
+
+def test_held_out_text_is_held_out():
+    domains = quality_texts.domains()
+    assert set(domains) == {"reference", "docstrings"}
+    assert sorted(domains["reference"]) == sorted(calibration.pydoc_topics(held_out=True))
+    tokens = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=0)
+    assert sum(piece.numel() for piece in tokens) == 1000
+    other = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=1)
+    assert not torch.equal(tokens[0], other[0])

@@ -1,0 +1,137 @@
+"""`marlin info DIR`, `marlin convert`, and the commands that lie elsewhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import by_definition as by
+import pytest
+import torch
+
+from marlin import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = {
+    "gptq": (by.gptq, by.gptq_config(sym=False), "14 of 14 layers"),
+    "awq": (by.awq, by.awq_config(), "14 of 14 layers"),
+    "compressed-tensors": (
+        by.compressed_tensors,
+        by.compressed_tensors_config(symmetric=False),
+        "14 of 14 layers",
+    ),
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    weights = by.llama_weights()
+    return by.write_checkpoint(tmp_path / "source", by.gptq, weights, by.gptq_config())
+
+
+def run(capsys, *argv):
+    status = cli.main([str(argument) for argument in argv])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_info_of_a_checkpoint(kind, tmp_path, capsys):
+    parts_of, config, zeros = FORMATS[kind]
+    weights = by.llama_weights(zeros=(1, 15))
+    directory = by.write_checkpoint(tmp_path / "a", parts_of, weights, config)
+    status, out, _ = run(capsys, "info", directory)
+    assert status == 0
+    count = sum(weight.codes.size for weight in weights.values())
+    for expected in (
+        "LlamaForCausalLM", f"format      {kind}", "in 2 files", "14 linear layers",
+        f"{count / 1e6:.1f} M weights", "groups of 32; scales F16", f"zero points {zeros}",
+        "dense       7 tensors: F16",
+    ):  # fmt: skip
+        assert expected in out
+    report = json.loads(run(capsys, "info", directory, "--json")[1])
+    assert report["packed"]["weights"] == count
+    assert report["packed"]["group_sizes"] == {"32": 14}
+    data = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    assert 0 < data - report["bytes"] < 20_000  # headers
+    assert report["bytes"] == report["packed"]["bytes"] + report["dense"]["bytes"]
+
+
+def test_info_of_several_group_sizes(tmp_path, capsys):
+    weights = by.llama_weights()
+    weights["model.layers.0.mlp.down_proj"] = by.random_weight(96, 64, 1)
+    config = by.gptq_config(dynamic={".*0.mlp.down_proj": {"group_size": -1}})
+    directory = by.write_checkpoint(tmp_path / "a", by.gptq, weights, config)
+    _, out, _ = run(capsys, "info", directory)
+    assert "groups of 32 (13), one scale per column (1)" in out
+    assert "none (symmetric)" in out
+
+
+def test_info_of_full_precision(source, capsys):
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    status, out, _ = run(capsys, "info", source)
+    assert status == 0 and "full precision" in out and "packed" not in out
+
+
+def test_info_of_what_is_no_checkpoint(source, tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nothing", source / "config.json"):
+        status, out, err = run(capsys, "info", path)
+        assert status == 2 and not out
+        assert err.startswith("marlin: error: ") and len(err.splitlines()) == 1
+
+
+def test_convert(source, tmp_path, capsys):
+    status, out, _ = run(capsys, "convert", source, tmp_path / "out", "--format", "marlin")
+    assert status == 0 and "14 layers from gptq to marlin" in out
+    status, out, _ = run(capsys, "info", tmp_path / "out")
+    assert "format      marlin" in out and "14 linear layers" in out
+    status, _, err = run(capsys, "convert", source, tmp_path / "out", "--format", "gptq")
+    assert status == 2 and f"marlin: error: target: {tmp_path / 'out'} is not empty" in err
+    arguments = ("convert", source, tmp_path / "out", "--format", "gptq", "--overwrite")
+    assert run(capsys, *arguments)[0] == 0
+    assert "format      gptq" in run(capsys, "info", tmp_path / "out")[1]
+
+
+def test_convert_says_what_is_wrong(source, tmp_path, capsys):
+    shutil.copytree(source, tmp_path / "damaged")
+    shard = sorted((tmp_path / "damaged").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    arguments = ("convert", tmp_path / "damaged", tmp_path / "out", "--format", "marlin")
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and shard.name in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    if not torch.cuda.is_available():
+        arguments = ("convert", source, tmp_path / "out", "--format", "marlin", "--device", "cuda")
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and "torch sees no CUDA device" in err
+    for wrong in (["--format", "awq"], [], ["--format", "gptq", "--shard-size", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            run(capsys, "convert", source, tmp_path / "out", *wrong)
+        assert caught.value.code == 2
+
+
+def marlin(*arguments, cwd):
+    command = [sys.executable, "-m", "marlin", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("command, expected", [("eval", "perplexity"), ("bench", "gemm")])
+def test_commands_that_lie_elsewhere(command, expected, tmp_path):
+    result = marlin(command, "--help", cwd=tmp_path)
+    assert result.returncode == 0 and expected in result.stdout
+
+
+def test_help_names_every_command():
+    text = cli.make_parser().format_help()
+    for command in ("info", "convert", "quantize", "eval", "bench"):
+        assert f"\n    {command} " in text
+
+
+def test_a_command_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(cli.ELSEWHERE, "bench", ("no_such_package", ""))
+    status, _, err = run(capsys, "bench", "gemm")
+    assert status == 2 and "it comes with the source tree" in err
