@@ -140,7 +140,7 @@ def add_tune(commands) -> None:
     add_common(parser, quick="two batch sizes")
     parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
     parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
-    parser.add_argument("--write", nargs="?", const="csrc/dispatch/sm90_table.inl", metavar="FILE",
+    parser.add_argument("--write", nargs="?", const="csrc/dispatch/sm90_table.def", metavar="FILE",
                         help="write the selection table, by default where it belongs")  # fmt: skip
     parser.set_defaults(module="tune")
 

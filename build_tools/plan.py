@@ -184,7 +184,13 @@ def plan_build(root: Path) -> BuildPlan:
         libraries.append(
             Library(
                 "_ops_cuda",
-                ["csrc/torch/cuda_ops.cpp", "csrc/torch/cuda_columns.cpp", *border, *sources],
+                [
+                    "csrc/torch/cuda_ops.cpp",
+                    "csrc/torch/cuda_dense.cpp",
+                    "csrc/torch/cuda_columns.cpp",
+                    *border,
+                    *sources,
+                ],
                 [*torch_flags, *defines, f"-isystem{cuda_home / 'include'}"],
                 [*link_torch, "-ltorch_cuda", f"-L{cuda_home / 'lib64'}", *runtime],
             )

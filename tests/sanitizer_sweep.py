@@ -10,7 +10,10 @@ import torch
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
 
-CONFIGS = [None, "reference", *host.kernel_shapes()]
+HOPPER = torch.cuda.get_device_capability()[0] == 9 and "9.0a" in ops.build_report()["archs"]
+CONFIGS = [None, "reference", "dense", *(
+    name for name, shape in host.kernel_shapes().items() if HOPPER or shape["engine"] == "sm80"
+)]  # fmt: skip
 
 
 def sweep() -> int:
@@ -36,6 +39,13 @@ def sweep() -> int:
             assert torch.equal(unpacked, values.float())
             check_product(ops.matmul(a, weight.b, weight.s, bias, zeros=weight.z), a, values, bias)
             problems += 1
+    # Rings that go round, slices shared by pairs of CTAs and over global memory.
+    weight = random_weight(2048, 256, 128, device="cuda")
+    values = weight.values()
+    for m, config in itertools.product((1, 65), CONFIGS):
+        a = random_rows(m, 2048, device="cuda")
+        check_product(ops.matmul(a, weight.b, weight.s, config=config), a, values)
+        problems += 1
     torch.cuda.synchronize()
     return problems
 

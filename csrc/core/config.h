@@ -128,7 +128,8 @@ constexpr size_t sm90_index(std::string_view name) {
   return index;  // the number of shapes if there is none of this name
 }
 
-enum class Engine : uint8_t { kSm80, kSm90 };
+// kDense: dequantize, then the library's 16-bit product (torch/cuda_dense.h); it has no shapes.
+enum class Engine : uint8_t { kSm80, kSm90, kDense };
 
 struct KernelConfig {
   Engine engine = Engine::kSm80;

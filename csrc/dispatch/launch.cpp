@@ -25,8 +25,7 @@ constexpr auto kSm80Launchers = []<size_t... kIndex>(std::index_sequence<kIndex.
 constexpr auto kSm90Launchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
   if constexpr (kBuiltForSm90)
     return std::array<LaunchSm90, sizeof...(kIndex)>{&launch_sm90_shape<kIndex>...};
-  else
-    return std::array<LaunchSm90, sizeof...(kIndex)>{};
+  else return std::array<LaunchSm90, sizeof...(kIndex)>{};
 }
 (std::make_index_sequence<kSm90Shapes.size()>{});
 
@@ -41,8 +40,8 @@ cudaError_t launch_sm80(const LaunchParams& params, const Problem& problem, size
 cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size_t shape,
                         cudaStream_t stream) {
   CUtensorMap x_map;
-  const cudaError_t error = describe_activations(params.gemm, problem.activation,
-                                                 kSm90Shapes[shape].shape.rows, x_map);
+  const cudaError_t error =
+      describe_activations(params.gemm, problem.activation, kSm90Shapes[shape].shape.rows, x_map);
   if (error != cudaSuccess) return error;
   const int groups = problem.per_column() ? 0 : 128 / static_cast<int>(params.gemm.group_rows);
   return kSm90Launchers[shape](params, x_map, problem.activation, groups, stream);

@@ -19,7 +19,7 @@ struct TunedRow {
 
 constexpr int kTunedSms = 132;
 constexpr TunedRow kTuned[] = {
-#include "dispatch/sm90_table.inl"
+#include "dispatch/sm90_table.def"
 };
 
 constexpr bool every_shape_exists() {
@@ -51,8 +51,7 @@ const TunedRow& nearest(const Problem& problem) {
   const int64_t batch = tuned_batch(problem.m);
   const TunedRow* best = nullptr;
   for (const TunedRow& row : kTuned)
-    if (row.m == batch &&
-        (best == nullptr || distance(row, problem) < distance(*best, problem)))
+    if (row.m == batch && (best == nullptr || distance(row, problem) < distance(*best, problem)))
       best = &row;
   return *best;
 }

@@ -7,7 +7,7 @@
 
 namespace marlin {
 
-// From measurements (sm90_table.inl): those of the shape itself, or of the nearest one.
+// From measurements (sm90_table.def): those of the shape itself, or of the nearest one.
 KernelConfig select_sm90(const Problem& problem, const Device& device);
 
 // As many runs as there is room for CTAs, each with an equal share of the tiles; or so many that runs

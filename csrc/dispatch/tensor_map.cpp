@@ -17,8 +17,8 @@ Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result{};
   constexpr unsigned kCuda12 = 12000;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, kCuda12, cudaEnableDefault, &result);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             kCuda12, cudaEnableDefault, &result);
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess
              ? reinterpret_cast<Encode>(function)
              : nullptr;
@@ -36,8 +36,9 @@ cudaError_t describe_activations(const GemmParams& gemm, Dtype type, int rows, C
   const std::array<cuuint32_t, 2> box{kPanelColumns, static_cast<cuuint32_t>(rows)};
   const std::array<cuuint32_t, 2> steps{1, 1};
   const CUresult result = encode(
-      &map, type == Dtype::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      2, const_cast<void*>(gemm.x), sizes.data(), pitch_bytes.data(), box.data(), steps.data(),
+      &map,
+      type == Dtype::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+      const_cast<void*>(gemm.x), sizes.data(), pitch_bytes.data(), box.data(), steps.data(),
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

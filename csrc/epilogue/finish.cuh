@@ -45,8 +45,8 @@ __device__ void finish_slice(const Sums<kBatches>& sums, const Role<kShape>& rol
     if (origin.row + first >= params.m) break;
     if (first > 0) __syncthreads();  // the rows before are done with
     if (role.row_warp == first / kShape.rows_per_warp())
-      tile_of(role.depth_group, free_slot)->lay_out(sums, first % kShape.rows_per_warp() / 8, column,
-                                               role.fragment_pair);
+      tile_of(role.depth_group, free_slot)
+          ->lay_out(sums, first % kShape.rows_per_warp() / 8, column, role.fragment_pair);
     if (first == 0 && threadIdx.x == 0 && handover.owner()) handover.await_others();
     __syncthreads();
 

@@ -173,7 +173,8 @@ __device__ bool add_partner(Sums<kBatches, kCount>& sums, const SumsPlace& place
     if (place.thread == 0) ptx::mbarrier_arrive_remote(heard, partner);
     return true;
   }
-  ptx::barrier_sync<kConsumersBarrier, 128 * kShape.consumers()>();  // all teams are done with the ring
+  ptx::barrier_sync<kConsumersBarrier,
+                    128 * kShape.consumers()>();  // all teams are done with the ring
   for_each_four(sums, rows_left,
                 [&](int i, float4& four) { fours[i * 128 + place.thread] = four; });
   team_barrier<kShape>(place.team);

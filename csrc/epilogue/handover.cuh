@@ -69,7 +69,8 @@ class Handover {
   }
 
   __device__ float* place(int other, int row, int column) const {
-    return run_partials_ + other * kElements + row * kColumns + team_ * (kColumns / kTeams) + column;
+    return run_partials_ + other * kElements + row * kColumns + team_ * (kColumns / kTeams) +
+           column;
   }
 
   float* run_partials_;

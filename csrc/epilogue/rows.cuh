@@ -133,8 +133,7 @@ class RowFinisher {
     for (int i = 0; i < kAtOnce; ++i) {
       const int row = first + row_of(start + i);
       if (valid(row))
-        store_four<Half, kPerColumn>(params_, origin_.row + row, origin_.column + column_,
-                                     sums[i]);
+        store_four<Half, kPerColumn>(params_, origin_.row + row, origin_.column + column_, sums[i]);
     }
   }
 

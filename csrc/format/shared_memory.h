@@ -49,15 +49,13 @@ struct Sm90Shared {
   static constexpr int kCopies = kShape.sets * kShape.parts();
   static constexpr int kTeamColumns = kShape.columns / kShape.teams();
   // Finished rows take turns; as many as leave room for the stages.
-  static constexpr int kTurnRows = kShape.sets > 2 ? 8
-                                   : kShape.rows < 16                   ? kShape.rows
-                                                                        : 16;
+  static constexpr int kTurnRows = kShape.sets > 2 ? 8 : kShape.rows < 16 ? kShape.rows : 16;
 
   Chunk activations[kShape.stages][kPanels][kShape.rows][kSwizzleChunks];  // aligned to 1024 bytes
   Chunk words[kShape.stages][kTiles][kStrips][32];
   Chunk scales[kShape.stages][kMaxGroups][kStrips][8];
   float sums[kShape.teams()][kCopies][kTurnRows][kTeamColumns + 4];
-  uint64_t full[kShape.stages];   // mbarriers
+  uint64_t full[kShape.stages];  // mbarriers
   uint64_t empty[kShape.stages];
   uint64_t scales_full[kShape.stages];
   uint64_t partner[kShape.teams()];  // the other CTA of a pair has done its part

@@ -57,20 +57,30 @@ __global__ void unpack_kernel(const uint32_t* words, int64_t n, uint8_t* codes) 
 
 __global__ void dequantize_kernel(const DequantizeParams params) {
   __shared__ uint32_t tile_words[kTileWords];
-  const Tile tile;
-  tile_words[threadIdx.x] = params.words[tile.word(params.n)];
+  const Tile target;  // in the strips asked for
+  Tile source;
+  source.strip += params.first_strip;
+  tile_words[threadIdx.x] = params.words[source.word(params.n)];
   __syncthreads();
-  const int64_t group = tile.row * kTileRows / (params.k / params.groups);
+  const int64_t group = source.row * kTileRows / (params.k / params.groups);
   for (int i = 0; i < kChunk; ++i) {
-    const int column = tile.chunk_column + i;
-    const int code = static_cast<int>(code_at(tile_words, tile.chunk_row, column));
+    const int column = source.chunk_column + i;
+    const int code = static_cast<int>(code_at(tile_words, source.chunk_row, column));
     const int64_t place =
-        group * params.n + scale_position(tile.strip * kTileColumns + column, params.groups == 1);
+        group * params.n + scale_position(source.strip * kTileColumns + column, params.groups == 1);
     const int zero = params.zeros != nullptr ? params.zeros[place] : kCodeZero;
     const float scale = load_element(params.scales, params.scale_dtype, place);
-    store_element(params.values, params.value_dtype, tile.element(params.n) + i,
+    store_element(params.values, params.value_dtype,
+                  target.element(params.strips * kTileColumns) + i,
                   static_cast<float>(code - zero) * scale);
   }
+}
+
+__global__ void add_bias_kernel(const void* bias, Dtype bias_dtype, int64_t n, Dtype dtype,
+                                void* y) {
+  const int64_t row = blockIdx.x, column = int64_t{blockIdx.y} * kTileColumns + threadIdx.x;
+  store_element(y, dtype, row * n + column,
+                load_element(y, dtype, row * n + column) + load_element(bias, bias_dtype, column));
 }
 
 template <typename Element>
@@ -117,7 +127,16 @@ cudaError_t launch_reorder_scales(const void* source, int element_bytes, int64_t
 }
 
 cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream) {
-  dequantize_kernel<<<tile_grid(params.k, params.n), kThreads, 0, stream>>>(params);
+  DequantizeParams part = params;
+  if (part.strips == 0) part.strips = part.n / kTileColumns;
+  dequantize_kernel<<<tile_grid(part.k, part.strips * kTileColumns), kThreads, 0, stream>>>(part);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_add_bias(const void* bias, Dtype bias_dtype, int64_t m, int64_t n, Dtype dtype,
+                            void* y, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(m), static_cast<unsigned>(n / kTileColumns));
+  add_bias_kernel<<<grid, kTileColumns, 0, stream>>>(bias, bias_dtype, n, dtype, y);
   return cudaGetLastError();
 }
 

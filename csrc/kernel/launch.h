@@ -31,9 +31,15 @@ struct DequantizeParams {
   int64_t n;
   int64_t groups;
   Dtype value_dtype;
-  void* values;                    // (k, n), contiguous
+  void* values;                    // (k, columns), contiguous
   const uint8_t* zeros = nullptr;  // (groups, n) like the scales; nullptr: all kCodeZero
+  int64_t first_strip = 0;         // of 64 columns
+  int64_t strips = 0;              // how many; 0: all there are
 };
 cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
+
+// y (m, n) += bias, in y's type.
+cudaError_t launch_add_bias(const void* bias, Dtype bias_dtype, int64_t m, int64_t n, Dtype dtype,
+                            void* y, cudaStream_t stream);
 
 }  // namespace marlin

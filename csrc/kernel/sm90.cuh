@@ -29,9 +29,8 @@ struct Consumer {
   int warp;  // of its warpgroup
   int set = kShape.sets == 1 ? 0 : warpgroup / kShape.set_warpgroups();
   // Its first block of 16 columns of the CTA, and which 128 rows of a stage are its own.
-  int first_block = kShape.wgmma
-                        ? (warpgroup % kShape.set_warpgroups() * 4 + warp) * kShape.blocks
-                        : warp % Sm90Shared<kShape>::kStrips * kShape.blocks;
+  int first_block = kShape.wgmma ? (warpgroup % kShape.set_warpgroups() * 4 + warp) * kShape.blocks
+                                 : warp % Sm90Shared<kShape>::kStrips * kShape.blocks;
   int part = kShape.wgmma ? 0 : warp / Sm90Shared<kShape>::kStrips;
   int fragment_column = lane / 4;
 
@@ -42,8 +41,7 @@ struct Consumer {
     constexpr int kTeamThreads = 128 * kShape.consumers() / kShape.teams();
     const int team = static_cast<int>(threadIdx.x) / kTeamThreads;
     return {team, static_cast<int>(threadIdx.x) % kTeamThreads, set * kShape.parts() + part,
-            16 * first_block + fragment_column - team * Sm90Shared<kShape>::kTeamColumns,
-            lane % 4};
+            16 * first_block + fragment_column - team * Sm90Shared<kShape>::kTeamColumns, lane % 4};
   }
 };
 
@@ -53,8 +51,7 @@ struct Consumer {
 // added; without groups sums stay in units of the scale.
 template <typename Half, int kGroups, Sm90Shape kShape, int kBatches>
 __device__ void multiply_part(const Sm90Shared<kShape>& shared, int slot,
-                              const Consumer<kShape>& me, Dtype scale_dtype,
-                              Sums<kBatches>& sums) {
+                              const Consumer<kShape>& me, Dtype scale_dtype, Sums<kBatches>& sums) {
   constexpr int kTiles = 128 / kTileRows;
   const int strip = me.first_block / kBlocks;
   auto multiply = [&](int first, int last, Sums<kBatches>& target) {
@@ -118,8 +115,8 @@ class WgmmaConsumer {
   static constexpr bool kScaleSums = kGroups > 0 && kShape.scales_sums();
   static constexpr bool kScaleWeights = kGroups > 0 && !kShape.scales_sums();
   // Rows of tiles that share a scale, at most a stage.
-  static constexpr int kGroupTiles =
-      kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1) : kTiles;
+  static constexpr int kGroupTiles = kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1)
+                                                          : kTiles;
   static constexpr int kPending = kShape.rows > 64 ? 2 * kCount : 4 * kCount / (kCount > 2 ? 2 : 1);
 
  public:
@@ -215,16 +212,15 @@ class WgmmaConsumer {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& sum = sums.values[block][batch].values[i];
-          sum = fmaf(product_.values[block][batch].values[i],
-                     sum_scales_[2 * block + i / 2], sum);
+          sum = fmaf(product_.values[block][batch].values[i], sum_scales_[2 * block + i / 2], sum);
         }
   }
 
   __device__ void set_scales(const Words<kCount>& halves) {
 #pragma unroll
     for (int i = 0; i < 2 * kCount; ++i)
-      sum_scales_[i] = scale_value(static_cast<uint16_t>(halves.words[i / 2] >> (16 * (i % 2))),
-                                   scale_dtype_);
+      sum_scales_[i] =
+          scale_value(static_cast<uint16_t>(halves.words[i / 2] >> (16 * (i % 2))), scale_dtype_);
   }
 
   __device__ void release(Sm90Shared<kShape>& shared) {
@@ -236,7 +232,7 @@ class WgmmaConsumer {
   Dtype scale_dtype_;
   uint32_t words_at_;   // of this thread, in bytes, in a row of tiles
   uint32_t scales_at_;  // and in a group
-  int held_ = -1;  // the stage before, which products under way still read
+  int held_ = -1;       // the stage before, which products under way still read
   Sums<kScaleSums ? kBatches : 1, kScaleSums ? kCount : 1> product_;  // of the current group
   float sum_scales_[2 * kCount] = {};                                 // its scales
   PairScales<Half, kCount> pair_scales_;
@@ -245,8 +241,7 @@ class WgmmaConsumer {
 // ------------------------------------------------------------------------------ the kernel
 
 template <typename Half, int kGroups, Sm90Shape kShape>
-__device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, int warp,
-                        int run) {
+__device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, int warp, int run) {
   using Multiplier = std::conditional_t<kShape.wgmma, WgmmaConsumer<Half, kGroups, kShape>,
                                         MmaConsumer<Half, kGroups, kShape>>;
   const Consumer<kShape> me(warp);
@@ -266,26 +261,26 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
 
     const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
     const SumsPlace target = me.sums_place();
-    const SliceOrigin origin{
-        slice.first_row,
-        slice.strip * kTileColumns + target.team * Sm90Shared<kShape>::kTeamColumns};
+    const SliceOrigin origin{slice.first_row, slice.strip * kTileColumns +
+                                                  target.team * Sm90Shared<kShape>::kTeamColumns};
     const Sharing sharing = params.partition.sharing(run, segment->slice);
     constexpr bool kPerColumn = kGroups == 0;
     const Sm90Handover<kShape> handover(params.workspace, sharing, run, target.team);
     if constexpr (kShape.wgmma && kShape.sets == 1) {
       const int64_t rows_left = params.gemm.m - slice.first_row;
-      const bool mine = params.pairs ? add_partner<kShape>(multiplier.sums, target, rows_left, shared,
-                                                           sharing.owner())
-                                     : add_others<kShape>(multiplier.sums, target, rows_left, handover);
+      const bool mine =
+          params.pairs
+              ? add_partner<kShape>(multiplier.sums, target, rows_left, shared, sharing.owner())
+              : add_others<kShape>(multiplier.sums, target, rows_left, handover);
       if (mine)
-        finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
-                                                  NoHandover{});
+        finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
+                                                  origin, NoHandover{});
     } else if (params.pairs) {
-      finish_in_pairs<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
-                                                sharing.owner());
+      finish_in_pairs<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
+                                                origin, sharing.owner());
     } else {
-      finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm, origin,
-                                                handover);
+      finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
+                                                origin, handover);
     }
   }
 }

@@ -59,8 +59,7 @@ __device__ void prefetch_words(const LaunchParams& params, int warp, int run) {
   constexpr int kWarps = 4 * kShape.consumers();
   if (!ptx::elect_one()) return;
   const SegmentWalk segment(params.partition, run);
-  const Slice slice(segment->slice, params.row_tiles, kShape.rows,
-                    Sm90Shared<kShape>::kStrips);
+  const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
 #pragma unroll 1
   for (int i = 0; i < kShape.stages && segment->first + i < segment->last; ++i) {
     const WordPieces<kShape> pieces(params.gemm, slice.strip, segment->first + i);
@@ -80,8 +79,7 @@ __device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& p
   ptx::wait_for_predecessors();
 #pragma unroll 1
   for (; segment; segment.next()) {
-    const Slice slice(segment->slice, params.row_tiles, kShape.rows,
-                      Sm90Shared<kShape>::kStrips);
+    const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
 #pragma unroll 1
     for (int tile = segment->first; tile < segment->last; ++tile, place.advance()) {
       ptx::mbarrier_wait(&shared.empty[place.slot], place.parity ^ 1);
@@ -134,8 +132,8 @@ __device__ void feed_activations_and_scales(Sm90Shared<kShape>& shared, const La
       ptx::tensor_copy(shared.activations[slot][panel], &x_map,
                        tile * kShape.depth + panel * kPanelColumns,
                        static_cast<int>(slice.first_row), &shared.full[slot]);
-    const auto* scales = static_cast<const uint16_t*>(gemm.scales) + group * gemm.n +
-                         slice.strip * kTileColumns;
+    const auto* scales =
+        static_cast<const uint16_t*>(gemm.scales) + group * gemm.n + slice.strip * kTileColumns;
 #pragma unroll
     for (int i = 0; i < Groups::kCount; ++i)
       if (i < groups)

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "dequant/uint4b8.cuh"
-#include "format/shared_memory.h"
 #include "format/scale_order.h"
+#include "format/shared_memory.h"
 #include "ptx/mma.cuh"
 
 namespace marlin {

@@ -28,10 +28,10 @@ __device__ inline void mbarrier_arrive(Mbarrier* barrier) {
 
 // Arrives and lets the phase wait for so many more bytes.
 __device__ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Waits until the phase of this parity (0 for the first) is complete. The hint lets a thread sleep for so many ns instead of asking again and again,

@@ -100,13 +100,6 @@ Tensor float_view(const float* data, int64_t rows, int64_t columns, int64_t pitc
                                   like.device(), ScalarType::Float);
 }
 
-void blas_multiply(const Tensor& x, const Tensor& w, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // W[:, first_strip .. first_strip + strips) as `dtype` to `target`, rows `pitch` elements apart. By way
 // of a tile in L1, since a tile's rows at a pitch of whole pages fall into the same cache sets.
 void dequantize_strips(const cpu::Kernels& kernels, const cpu::PackedWeight& weight,

@@ -9,6 +9,7 @@
 #include "format/weight_words.h"
 #include "kernel/launch.h"
 #include "torch/checks.h"
+#include "torch/cuda_dense.h"
 #include "torch/cuda_scope.h"
 
 namespace marlin::ops {
@@ -31,19 +32,20 @@ KernelConfig find_config(const char* op, const Problem& problem, const Device& g
                          const std::optional<std::string>& name) {
   if (!name) return select_again(problem, gpu);
   if (const auto config = parse_config(*name, problem, gpu)) return *config;
-  std::string names = "reference";
+  std::string names = "reference, dense";
   for (const NamedShape& shape : kSm80Shapes) names += join(", ", shape.name);
   for (const NamedSm90Shape& shape : kSm90Shapes) names += join(", ", shape.name);
   fail(op, "config",
        "one of " + names +
-           " that fits the GPU and the problem, or one with '@' and 1 to as many runs as it has tiles",
+           " that fits the GPU and the problem, or one with '@' and 1 to as many runs as it has "
+           "tiles",
        "'" + *name + "'");
 }
 
 // A launch whose CTAs share slices needs counters and memory for partial sums; where no counters are
 // left, every slice gets a CTA of its own.
 void run_engine(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
-                   KernelConfig config, void* y) {
+                KernelConfig config, void* y) {
   std::optional<Tensor> partials;
   Workspace workspace{};
   if (const int64_t bytes = partials_bytes(call.problem, config); bytes > 0) {
@@ -66,15 +68,16 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
   check_device(op, scope.index());
   if (call.problem.m == 0) return;
   const GemmParams gemm = gemm_params(call, y);
-  // So far only the simple kernel knows zero points.
-  if (call.zeros != nullptr && config && *config != "reference")
-    fail(op, "config", "nothing or 'reference' with zeros", "'" + *config + "'");
+  // So far only the simple kernel and the net know zero points.
+  if (call.zeros != nullptr && config && *config != "reference" && *config != kDenseName)
+    fail(op, "config", "nothing, 'reference' or 'dense' with zeros", "'" + *config + "'");
   if (config ? *config == "reference" : call.zeros != nullptr) {
     check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
     return;
   }
-  run_engine(op, scope, a, call, find_config(op, call.problem, device(scope.index()), config),
-                y);
+  const KernelConfig chosen = find_config(op, call.problem, device(scope.index()), config);
+  if (chosen.engine == Engine::kDense) multiply_dense(op, scope, a, call, y);
+  else run_engine(op, scope, a, call, chosen, y);
 }
 
 Tensor mul(const Tensor& a, const Tensor& b, const Tensor& s, std::optional<Tensor> bias,

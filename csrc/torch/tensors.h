@@ -38,4 +38,7 @@ bool is_cuda(const Tensor& tensor);
 Tensor empty_beside(const Tensor& like, std::span<const int64_t> sizes, ScalarType type);
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
+// out = x · w by the library that Torch uses: aten::mm.
+void blas_multiply(const Tensor& x, const Tensor& w, const Tensor& out);
+
 }  // namespace marlin::ops

@@ -21,8 +21,36 @@ def test_selected_shapes_fit(gpu):
         assert 1 <= int(runs) <= slices * -(-k // shape["depth"])
 
 
+LAYERS = sorted({layer for model in MODELS.values() for layer in model.values()})
+
+
+@pytest.mark.parametrize("group", [-1, 32, 64, 128])
+@pytest.mark.parametrize("sm_count", [132, 114, 78])  # H100 and H200 SXM, H100 PCIe, H20
+def test_hopper_gets_its_own_engine(group, sm_count):
+    """Tuned shapes and others, any batch: a configuration of the sm_90 engine that fits."""
+    shapes = host.kernel_shapes()
+    others = [(64, 64), (1024, 192), (5120, 13824), (100352, 128), (256, 131072)]
+    for (k, n), m in itertools.product([*LAYERS, *others], (*ROWS[1:], 2048, 100_000)):
+        if k < group:
+            continue
+        name, runs = host.select(m, n, k, group, sm_count, GPUS["H200"][2], major=9).split("@")
+        shape = shapes[name]
+        assert shape["engine"] == "sm90" and shape["shared_bytes"] <= GPUS["H200"][2]
+        slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
+        assert 1 <= int(runs) <= slices * -(-k // shape["depth"])
+
+
+def test_tuned_shapes_run_as_they_were_measured():
+    """The table's first row of a large layer, and the batch sizes below it."""
+    for m in (1, 3, 8):
+        assert host.select(m, 16896, 16384, 128, 132, GPUS["H200"][2], major=9) == (
+            "h8x256x128x2@132"
+        )
+
+
 def test_names_say_the_shape():
     for name, shape in host.kernel_shapes().items():
-        said = tuple(map(int, name.split("x")))
-        assert said == tuple(shape[part] for part in ("rows", "columns", "depth", "depth_groups"))
-        assert shape["threads"] <= 512
+        said = tuple(map(int, name.removeprefix("h").split("x")))
+        assert name.startswith("h") == (shape["engine"] == "sm90")
+        assert said[:3] == tuple(shape[part] for part in ("rows", "columns", "depth"))
+        assert shape["threads"] <= 640 and shape["ctas"] in (1, 2)

@@ -7,7 +7,7 @@ from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
 
 pytestmark = pytest.mark.gpu
-CONFIGS = list(host.kernel_shapes())
+CONFIGS = [*host.kernel_shapes(), "dense"]
 GUARD = 4096  # elements around an output that no kernel may touch
 
 
@@ -34,7 +34,7 @@ def guarded_multiply(a, weight, bias, config):
 def test_rows_and_tails(config, dtype, group_size):
     """Rows around every tile's edge; n and k that fill their last strip and stage partly."""
     unit = 16 if group_size == -1 else group_size
-    rows = host.kernel_shapes()[config]["rows"]
+    rows = host.kernel_shapes().get(config, {"rows": 64})["rows"]
     for k, n in ((unit, 64), (unit * 7, 320), (1024 + unit, 576)):
         weight = random_weight(k, n, group_size, device="cuda", seed=k + n)
         values = weight.values()
@@ -44,7 +44,7 @@ def test_rows_and_tails(config, dtype, group_size):
             check_product(guarded_multiply(a, weight, bias, config), a, values, bias)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", list(host.kernel_shapes()))
 @pytest.mark.parametrize("group_size", [-1, 32, 128])
 def test_any_number_of_runs(config, group_size):
     """From one CTA for everything to one tile per CTA: right, and the same bits every time."""
@@ -79,6 +79,25 @@ def test_any_scale(config):
         y = ops.matmul(a, weight.b, ops.pack_scales(scales), config=config)
         bad = ~y.isfinite()
         assert bad[:, [9, 100]].all() and bad.sum() == 2 * 17
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_scales_at_the_ends_of_their_range(config, scale_dtype):
+    """Weights of up to eight scales that FP16 cannot hold, beside ordinary and tiny ones."""
+    if config == "dense":
+        pytest.skip("the net holds weights in the activations' type")
+    a = random_rows(20, 512, device="cuda") / 8192
+    weight = random_weight(512, 512, 128, device="cuda")
+    scales = weight.scales.clone().to(scale_dtype)
+    scales[1, 4::16], scales[2, 5::16], scales[:, 6::16] = 65504.0, -9000.0, 2.0**-20
+    weight.scales = scales
+    try:
+        y = ops.matmul(a * 8, weight.b, ops.pack_scales(scales), config=config)
+    except RuntimeError as error:  # FP16 weights cannot take BF16's scales
+        assert scale_dtype is torch.bfloat16 and "config: expected" in str(error)
+        return
+    check_product(y, a * 8, weight.values())
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,6 +1,7 @@
 #include "kernel/sm90_launch.cuh"
 
 namespace marlin {
-template cudaError_t launch_sm90_shape<sm90_index("h16x64x512x2")>(const LaunchParams&, const CUtensorMap&,
-                                                             Dtype, int, cudaStream_t);
+template cudaError_t launch_sm90_shape<sm90_index("h16x64x512x2")>(const LaunchParams&,
+                                                                   const CUtensorMap&, Dtype, int,
+                                                                   cudaStream_t);
 }  // namespace marlin
