@@ -40,6 +40,8 @@ ISA_FLAGS = {
     "csrc/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
 
+SELECTION = ["csrc/dispatch/select.cpp", "csrc/dispatch/select_sm90.cpp"]
+
 CPU_SOURCES = ["csrc/cpu/backend.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/isa_portable.cpp"]
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_SOURCES += list(ISA_FLAGS)
@@ -162,7 +164,7 @@ def plan_build(root: Path) -> BuildPlan:
         ),
         Library(
             "host",
-            ["csrc/bindings/module.cpp", "csrc/dispatch/select.cpp", *CPU_SOURCES],
+            ["csrc/bindings/module.cpp", *SELECTION, *CPU_SOURCES],
             [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"],
             ["-lpthread"],
         ),

@@ -5,6 +5,7 @@
 #include <charconv>
 #include <limits>
 
+#include "dispatch/select_sm90.h"
 #include "format/shared_memory.h"
 #include "format/weight_words.h"
 
@@ -69,19 +70,6 @@ size_t select_shape(const Problem& problem, const Device& device) {
                                  : first_that_fits(kLowShapes, device);
 }
 
-// One CTA per SM with an equal share of the tiles; or each slice cut evenly, where that leaves at most
-// a sixth of the SMs idle: runs then never end inside a slice (8192x8192, m = 1: 14.2 us with 128
-// runs, 14.9 with 132).
-int select_runs(const Problem& problem, const KernelConfig& config, const Device& device) {
-  const Partition whole = partition_of(problem, config);
-  if (whole.slices <= device.sm_count) {
-    const int64_t even = device.sm_count / whole.slices * whole.slices;
-    if (even * 100 >= int64_t{device.sm_count} * 84 && even <= whole.tiles())
-      return static_cast<int>(even);
-  }
-  return static_cast<int>(std::min<int64_t>(whole.tiles(), device.sm_count));
-}
-
 // Whether the engine can do it. FP16 cannot hold BF16's scales, so they do not multiply weights in it.
 bool runs_on(const KernelConfig& config, const Problem& problem, const Device& device) {
   if (config.engine == Engine::kSm80) return true;
@@ -132,9 +120,29 @@ Partition partition_of(const Problem& problem, const KernelConfig& config) {
 }
 
 KernelConfig select(const Problem& problem, const Device& device) {
+  if (device.sm90_engine) {
+    const KernelConfig config = select_sm90(problem, device);
+    if (runs_on(config, problem, device)) return config;
+  }
   KernelConfig config{Engine::kSm80, select_shape(problem, device)};
-  config.runs = select_runs(problem, config, device);
+  config.runs = runs_by_rule(problem, config, device);
   return config;
+}
+
+KernelConfig select_again(const Problem& problem, const Device& device) {
+  struct Entry {
+    const Device* device = nullptr;
+    Problem problem;
+    KernelConfig config;
+  };
+  constexpr size_t kEntries = 256;
+  static thread_local std::array<Entry, kEntries> entries;
+  const auto mixed = static_cast<uint64_t>(problem.m * 31 + problem.n / 64) * 31 +
+                     static_cast<uint64_t>(problem.k / 16);
+  Entry& entry = entries[mixed * 0x9e3779b97f4a7c15 >> 56];
+  if (entry.device != &device || !(entry.problem == problem))
+    entry = {&device, problem, select(problem, device)};
+  return entry.config;
 }
 
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
@@ -145,7 +153,7 @@ std::optional<KernelConfig> parse_config(std::string_view name, const Problem& p
   const auto shape = find_shape(name.substr(0, at));
   if (!shape || !fits(*shape, device) || !runs_on(*shape, problem, device)) return std::nullopt;
   KernelConfig config = *shape;
-  config.runs = select_runs(problem, config, device);
+  config.runs = runs_by_rule(problem, config, device);
   if (at == std::string_view::npos) return config;
   const auto runs = parse_number(name.substr(at + 1));
   if (!runs || *runs < 1 || *runs > partition_of(problem, config).tiles()) return std::nullopt;

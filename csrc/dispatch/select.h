@@ -14,6 +14,10 @@ namespace marlin {
 
 KernelConfig select(const Problem& problem, const Device& device);
 
+// The same, remembered by each thread for the problems it met last: a table takes a microsecond to
+// search. `device` must outlive the thread.
+KernelConfig select_again(const Problem& problem, const Device& device);
+
 // "16x256x64x4", or "16x256x64x4@96" with the number of runs; or "like:108:166912", whatever is
 // selected on an 8.x GPU with so many SMs and bytes of shared memory per block. Nothing if there is no
 // such shape, it does not fit the device or the problem, or the runs are not between 1 and the

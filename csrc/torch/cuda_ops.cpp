@@ -29,7 +29,7 @@ GemmParams gemm_params(const MulCall& call, void* y) {
 
 KernelConfig find_config(const char* op, const Problem& problem, const Device& gpu,
                          const std::optional<std::string>& name) {
-  if (!name) return select(problem, gpu);
+  if (!name) return select_again(problem, gpu);
   if (const auto config = parse_config(*name, problem, gpu)) return *config;
   std::string names = "reference";
   for (const NamedShape& shape : kSm80Shapes) names += join(", ", shape.name);
