@@ -25,7 +25,7 @@ SOLVER_HELP = {
     "order": "round inputs that matter most first; the checkpoint is no different for it",
     "refit": "fit the scales to the codes once these are known",
     "sweeps": "times that codes are looked at again once all of them are known",
-    "metric": "by what loss a scale is chosen: block, conditional, diagonal or trial",
+    "metric": "by what loss a scale is chosen",
     "damping": "of the second moments, relative to their mean diagonal",
 }
 MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
@@ -165,7 +165,7 @@ def add_quantize(commands) -> None:
 def solver_options() -> dict[str, inspect.Parameter]:
     """The switches of ``solver.gptq``, by name, that the command line offers."""
     parameters = inspect.signature(solver.gptq).parameters
-    return {name: parameters[name] for name in SOLVER_HELP if name in parameters}
+    return {name: parameters[name] for name in SOLVER_HELP}
 
 
 def add_solver_options(group) -> None:
@@ -184,6 +184,7 @@ def add_solver_options(group) -> None:
                 f"--{option}",
                 type=type(default),
                 default=default,
+                choices=solver.METRICS if name == "metric" else None,
                 help=f"{SOLVER_HELP[name]} (default: %(default)s)",
             )
 

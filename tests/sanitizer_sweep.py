@@ -39,6 +39,7 @@ def sweep() -> int:
             assert torch.equal(unpacked, values.float())
             check_product(ops.matmul(a, weight.b, weight.s, bias, zeros=weight.z), a, values, bias)
             problems += 1
+<<<<<<< HEAD
     # Rings that go round, slices shared by pairs of CTAs and over global memory.
     weight = random_weight(2048, 256, 128, device="cuda")
     values = weight.values()
@@ -46,8 +47,28 @@ def sweep() -> int:
         a = random_rows(m, 2048, device="cuda")
         check_product(ops.matmul(a, weight.b, weight.s, config=config), a, values)
         problems += 1
+=======
+    problems += sweep_columns("cuda")
+>>>>>>> merge
     torch.cuda.synchronize()
     return problems
+
+
+def sweep_columns(device: str) -> int:
+    """The quantizer's loop, against the CPU's; ties may fall either way."""
+    shapes = ((1, 1), (37, 64), (128, 130))
+    for rows, n in shapes:
+        work, current = torch.randn(2, rows, n).unbind()
+        coupling, scale = torch.randn(rows, rows) / rows, torch.rand(n)
+        weights, scales = torch.rand(rows), torch.rand(9, n)
+        for arguments in ((work, coupling, scale), (work, coupling, scale, current)):
+            codes, moved = ops.quantize_columns(*(t.to(device) for t in arguments))
+            expected, _ = ops.quantize_columns(*arguments)
+            assert (codes.cpu() == expected).float().mean() > 0.99 and moved.isfinite().all()
+        losses = ops.trial_losses(*(t.to(device) for t in (work, coupling, weights, scales)))
+        expected = ops.trial_losses(work, coupling, weights, scales)
+        torch.testing.assert_close(losses.cpu(), expected, rtol=0.05, atol=0.05)
+    return len(shapes)
 
 
 if __name__ == "__main__":

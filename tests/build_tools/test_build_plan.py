@@ -38,6 +38,10 @@ def cuda_home(tmp_path):
     return make
 
 
+def architectures(build_plan, source="csrc/kernel/format.cu"):
+    return [flag for flag in build_plan.flags_for(source) if "gencode" in flag]
+
+
 def library_names(build_plan):
     return [library.name for library in build_plan.libraries]
 
@@ -87,14 +91,15 @@ def test_with_nvcc(where, monkeypatch, cuda_home):
         "nvcc": "13.0",
         "archs": "8.0;8.6;8.9;9.0a;8.0+PTX",
     }
-    architectures = [flag for flag in build.nvcc_flags if "gencode" in flag]
-    assert architectures == [
+    assert architectures(build) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_89,code=sm_89",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_80,code=compute_80",
     ]
+    hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert architectures(build, "csrc/kernel/instances/sm90_h8x64x512x1.cu") == hopper
 
 
 @pytest.mark.parametrize(
@@ -122,11 +127,20 @@ def test_narrowed_architectures(monkeypatch, cuda_home):
     monkeypatch.setenv("CUDA_HOME", str(cuda_home()))
     monkeypatch.setenv("MARLIN_CUDA_ARCHS", "9.0a; 12.0+PTX")
     build = plan.plan_build(ROOT)
-    assert [flag for flag in build.nvcc_flags if "gencode" in flag] == [
+    assert architectures(build) == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_120,code=compute_120",
     ]
     assert build.report["archs"] == "9.0a; 12.0+PTX"
+
+
+@pytest.mark.parametrize("archs, with_hopper", [("8.0;9.0a", True), ("8.0;9.0+PTX", False)])
+def test_hopper_kernels_are_built_for_hopper_only(archs, with_hopper, monkeypatch, cuda_home):
+    monkeypatch.setenv("CUDA_HOME", str(cuda_home()))
+    monkeypatch.setenv("MARLIN_CUDA_ARCHS", archs)
+    library = plan.plan_build(ROOT).libraries[-1]
+    assert any(map(plan.is_sm90, library.sources)) == with_hopper
+    assert ("-DMARLIN_SM90" in library.flags) == with_hopper
 
 
 @pytest.mark.parametrize("archs", ["hopper", "8.0;sm_90", "+PTX", ";"])
@@ -163,7 +177,7 @@ def tiny(tmp_path, monkeypatch):
     (source / "one.cpp").write_text('#include "answer.h"\nint one() { return answer(); }\n')
     (source / "two.cpp").write_text("int two() { return 2; }\n")
     library = plan.Library("tiny", ["csrc/one.cpp", "csrc/two.cpp"])
-    return plan.BuildPlan(tmp_path, [library], "g++", None, [], {"why_no_cuda": None})
+    return plan.BuildPlan(tmp_path, [library], "g++", None, [], "", {"why_no_cuda": None})
 
 
 def test_ninja_rebuilds_what_changed_and_nothing_else(tiny, capfd):

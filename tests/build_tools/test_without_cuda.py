@@ -28,6 +28,8 @@ arguments = {
     "mul.out": (a, weight.b, weight.s, None, None), "pack": (weight.codes,),
     "unpack": (weight.b,), "pack_scales": (weight.scales,), "unpack_scales": (weight.s,),
     "dequantize": (weight.b, weight.s),
+    "quantize_columns": (torch.ones(2, 3), torch.eye(2), torch.ones(3)),
+    "trial_losses": (torch.ones(2, 3), torch.eye(2), torch.ones(2), torch.ones(1, 3)),
 }
 said = {"why": ops.why_no_cuda()}
 for name in ops.OPERATORS:

@@ -55,7 +55,7 @@ def configs(device: str) -> list[str | None]:
     like = [f"like:{sms}:{shared}" for _, sms, shared in GPUS.values() if shared <= limit]
     shapes = host.kernel_shapes().items()
     fitting = [name for name, shape in shapes if shape.get("shared_bytes", 0) <= limit]
-    return [None, "reference", *like, *fitting]
+    return [None, "reference", "dense", *like, *fitting]
 
 
 def most_runs(config: str, m: int, k: int, n: int) -> int:
@@ -80,7 +80,7 @@ def cases(draw, device: str, most_rows: int, most_weights: int) -> Case:
     zeros = draw(st.integers(0, 9)) == 0
     config = draw(st.sampled_from(configs(device)))
     if zeros and device == "cuda":
-        config = draw(st.sampled_from([None, "reference"]))  # all that take them
+        config = draw(st.sampled_from([None, "reference", "dense"]))  # all that take them
     elif (runs := most_runs(config, m, k, n)) > 0 and draw(st.booleans()):
         config = f"{config}@{draw(st.integers(1, min(runs, 300)))}"
     pitch = draw(st.none() | st.integers(0, 40) | st.integers(0, 5).map(lambda i: 8 * i))
@@ -263,4 +263,4 @@ def test_no_configuration_is_forgotten():
     with pytest.raises(RuntimeError, match="config: expected one of") as error:
         ops.matmul(torch.ones(1, 16).half().cuda(), b.cuda(), s.cuda(), config="warp-drive")
     listed = str(error.value).partition("one of ")[2].partition(" that fits")[0].split(", ")
-    assert len(listed) > 1 and set(listed) <= {"reference", *host.kernel_shapes()}
+    assert len(listed) > 1 and set(listed) <= {"reference", "dense", *host.kernel_shapes()}
