@@ -39,7 +39,6 @@ def sweep() -> int:
             assert torch.equal(unpacked, values.float())
             check_product(ops.matmul(a, weight.b, weight.s, bias, zeros=weight.z), a, values, bias)
             problems += 1
-<<<<<<< HEAD
     # Rings that go round, slices shared by pairs of CTAs and over global memory.
     weight = random_weight(2048, 256, 128, device="cuda")
     values = weight.values()
@@ -47,9 +46,7 @@ def sweep() -> int:
         a = random_rows(m, 2048, device="cuda")
         check_product(ops.matmul(a, weight.b, weight.s, config=config), a, values)
         problems += 1
-=======
     problems += sweep_columns("cuda")
->>>>>>> merge
     torch.cuda.synchronize()
     return problems
 
