@@ -78,7 +78,7 @@ sanitize: setup
 	$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(call fail,no GPU to sanitize on); \
 	for tool in $(SANITIZER_TOOLS); do \
 	  echo "== $$tool"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  SANITIZER_TOOL=$$tool PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) tests/sanitizer_sweep.py || exit 1; \
 	done
 
