@@ -19,8 +19,8 @@ SHAPES = {
 }
 # Without "dense": initcheck does not see what cuBLAS stores.
 CONFIGS = [None, "reference", *SHAPES]
-# racecheck does not follow barriers that another CTA of a cluster arrives at, and takes what pairs of
-# CTAs read of one another for races: for it, slices are shared over global memory only.
+# racecheck does not follow barriers that another CTA of a cluster arrives at, and takes what pairs
+# of CTAs read of one another for races: for it, slices are shared over global memory only.
 PAIRS = os.environ.get("SANITIZER_TOOL") != "racecheck"
 
 
