@@ -122,7 +122,7 @@ def gptq(
     "conditional" take blocks on the diagonal, "trial" is "diagonal").
     order: round inputs that matter most first (``group_order``). refit, sweeps: ``sweeps`` times
     fit scales to codes, then codes to scales, and scales once more (``refine``). guard: an output
-    that would lose less with absmax scales, and nothing done afterwards, gets these.
+    that would lose less by the published algorithm gets what that finds.
 
     What is on by default was chosen by how well language models predict, not by the layers' loss,
     which is least with "trial" and sweeps: what the calibration text lets later inputs make up for
@@ -137,6 +137,8 @@ def gptq(
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     hessian = hessian.to(weight.dtype)
+    natural = weight, hessian
+    start_damping = damping
     if order:
         permutation = group_order(hessian.diagonal(), group)
         weight, hessian = weight[permutation], hessian[permutation][:, permutation]
@@ -145,15 +147,9 @@ def gptq(
     size = math.gcd(group, block)
     pivots = upper.diagonal().clone()
     coupling = upper.div_(pivots[:, None])  # in place: upper is as large as H
-    loop = (weight, hessian, coupling, pivots, group, size, metric)
-    codes, scales = _round(*loop, clip, full_range)
-    guard = guard and (clip or full_range)
-    if guard:
-        plain_codes, plain_scales = _round(*loop, clip=False, full_range=False)
-        plain_codes = plain_codes.to(torch.uint8)
-    del upper, coupling, loop
+    codes, scales = _round(weight, hessian, coupling, pivots, group, size, metric, clip, full_range)
+    del upper, coupling
 
-    damped, shift = hessian, 0.0
     if refit or sweeps:
         shift = damping * hessian.diagonal().mean().item() or 1.0
         damped = hessian if order else hessian.clone()  # a copy already, and too large for two
@@ -167,16 +163,30 @@ def gptq(
     if refit and unseen.any():  # its scale may have changed, for the others
         each = scales.repeat_interleave(group, dim=0)
         codes[unseen] = grid.encode(weight[unseen], each[unseen])
-    if guard:
-        plain_codes = plain_codes.to(codes.dtype)
-        better = refine.losses(weight, plain_codes, plain_scales, damped, shift) < refine.losses(
-            weight, codes, scales, damped, shift
-        )
-        codes = torch.where(better, plain_codes, codes)
-        scales = torch.where(better, plain_scales, scales)
     if order:
         codes, scales = restore(codes, scales, permutation)
-    return Solution(codes.to(torch.uint8), scales.half(), damping)
+    solution = Solution(codes.to(torch.uint8), scales.half(), damping)
+    if guard:
+        weight = hessian = damped = codes = scales = None  # large, and not needed any more
+        published = gptq(*natural, group_size, damping=start_damping, block=block, **PUBLISHED)
+        solution = _better(*natural, solution, published)
+    return solution
+
+
+def _better(weight: Tensor, hessian: Tensor, found: Solution, other: Solution) -> Solution:
+    """``found``, but ``other`` for the outputs that lose less with it."""
+
+    def losses(solution: Solution) -> Tensor:
+        return refine.losses(
+            weight, solution.codes, solution.scales.to(weight.dtype), hessian, shift=0.0
+        )
+
+    better = losses(other) < losses(found)
+    return Solution(
+        torch.where(better, other.codes, found.codes),
+        torch.where(better, other.scales, found.scales),
+        max(found.damping, other.damping),
+    )
 
 
 def _round(
