@@ -137,8 +137,31 @@ def gptq(
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     hessian = hessian.to(weight.dtype)
-    natural = weight, hessian
-    start_damping = damping
+    switches = {"clip": clip, "full_range": full_range, "order": order, "refit": refit,
+                "sweeps": sweeps}  # fmt: skip
+    shared = {"metric": metric, "damping": damping, "block": block}
+    found = _gptq(weight, hessian, group, **switches, **shared)
+    if not guard or not any(switches.values()):
+        return found
+    published = _gptq(weight, hessian, group, **dict.fromkeys(switches, False), **shared)
+    return _better(weight, hessian, found, published)
+
+
+def _gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    group: int,
+    *,
+    clip: bool,
+    metric: str,
+    full_range: bool,
+    order: bool,
+    refit: bool,
+    sweeps: int,
+    damping: float,
+    block: int,
+) -> Solution:
+    """``gptq`` of input that has been checked, without its guard. group: inputs in a group."""
     if order:
         permutation = group_order(hessian.diagonal(), group)
         weight, hessian = weight[permutation], hessian[permutation][:, permutation]
@@ -165,12 +188,7 @@ def gptq(
         codes[unseen] = grid.encode(weight[unseen], each[unseen])
     if order:
         codes, scales = restore(codes, scales, permutation)
-    solution = Solution(codes.to(torch.uint8), scales.half(), damping)
-    if guard:
-        weight = hessian = damped = codes = scales = None  # large, and not needed any more
-        published = gptq(*natural, group_size, damping=start_damping, block=block, **PUBLISHED)
-        solution = _better(*natural, solution, published)
-    return solution
+    return Solution(codes.to(torch.uint8), scales.half(), damping)
 
 
 def _better(weight: Tensor, hessian: Tensor, found: Solution, other: Solution) -> Solution:
