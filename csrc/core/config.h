@@ -114,7 +114,7 @@ inline constexpr std::array kSm90Shapes{
     NamedSm90Shape{"h64x256x128x2", {true, 64, 256, 128, 1, 2, 6}},
     NamedSm90Shape{"h64x192x128x3", {true, 64, 192, 128, 1, 1, 6}},
     NamedSm90Shape{"h64x128x128x2", {true, 64, 128, 128, 1, 1, 8}},
-    NamedSm90Shape{"h96x256x128x2", {true, 96, 256, 128, 1, 2, 5}},
+    NamedSm90Shape{"h96x256x128x2", {true, 96, 256, 128, 1, 2, 4}},
     NamedSm90Shape{"h128x256x128x2", {true, 128, 256, 128, 1, 2, 4}},
     NamedSm90Shape{"h128x192x128x3", {true, 128, 192, 128, 1, 1, 4}},
     NamedSm90Shape{"h128x128x128x2", {true, 128, 128, 128, 1, 1, 5}},

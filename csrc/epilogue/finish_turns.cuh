@@ -47,7 +47,7 @@ __device__ void team_barrier(int team) {
 
 template <Sm90Shape kShape>
 __device__ TurnRows<kShape>* rows_of_team(Sm90Shared<kShape>& shared, int team) {
-  return reinterpret_cast<TurnRows<kShape>*>(shared.sums[team]);
+  return reinterpret_cast<TurnRows<kShape>*>(shared.finished) + team * Sm90Shared<kShape>::kCopies;
 }
 
 // Nobody else: what a finisher hears where no other CTA's sums come through global memory.

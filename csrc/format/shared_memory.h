@@ -51,10 +51,16 @@ struct Sm90Shared {
   // Finished rows take turns; as many as leave room for the stages.
   static constexpr int kTurnRows = kShape.sets > 2 ? 8 : kShape.rows < 16 ? kShape.rows : 16;
 
+  // Where a team is one warpgroup: rows that it lays out as halves, in the same memory.
+  static constexpr int kHalfRows = kShape.rows % 32 == 0 ? 32 : 16;
+  static constexpr int kSumsBytes = kShape.teams() * kCopies * kTurnRows * (kTeamColumns + 4) * 4;
+  static constexpr int kHalvesBytes = kShape.teams() * kHalfRows * (kTeamColumns + 8) * 2;
+  static constexpr bool kAlone = kShape.wgmma && kShape.sets == 1;
+
   Chunk activations[kShape.stages][kPanels][kShape.rows][kSwizzleChunks];  // aligned to 1024 bytes
   Chunk words[kShape.stages][kTiles][kStrips][32];
   Chunk scales[kShape.stages][kMaxGroups][kStrips][8];
-  float sums[kShape.teams()][kCopies][kTurnRows][kTeamColumns + 4];
+  Chunk finished[(kAlone ? kHalvesBytes : kSumsBytes) / static_cast<int>(sizeof(Chunk))];
   uint64_t full[kShape.stages];  // mbarriers
   uint64_t empty[kShape.stages];
   uint64_t scales_full[kShape.stages];
@@ -66,6 +72,13 @@ inline constexpr auto kSm90SharedBytes = []<size_t... kIndex>(std::index_sequenc
   return std::array{sizeof(Sm90Shared<kSm90Shapes[kIndex].shape>)...};
 }
 (std::make_index_sequence<kSm90Shapes.size()>{});
+
+constexpr bool all_fit(int64_t limit) {
+  for (size_t bytes : kSm90SharedBytes)
+    if (static_cast<int64_t>(bytes) > limit) return false;
+  return true;
+}
+static_assert(all_fit(227 * 1024), "what a block may have on Hopper");
 
 constexpr int64_t shared_bytes(const KernelConfig& config) {
   return static_cast<int64_t>(config.engine == Engine::kSm80 ? kSm80SharedBytes[config.shape]

@@ -7,6 +7,7 @@
 #include "core/config.h"
 #include "core/partition.h"
 #include "epilogue/finish_turns.cuh"
+#include "epilogue/store_halves.cuh"
 #include "pipeline/feed.cuh"
 #include "pipeline/ring.cuh"
 #include "pipeline/sums.cuh"
@@ -273,8 +274,10 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
               ? add_partner<kShape>(multiplier.sums, target, rows_left, shared, sharing.owner())
               : add_others<kShape>(multiplier.sums, target, rows_left, handover);
       if (mine)
-        finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
-                                                  origin, NoHandover{});
+        store_halves<Half, kPerColumn, kShape>(
+            multiplier.sums, reinterpret_cast<HalfRows<kShape>*>(shared.finished)[target.team],
+            params.gemm, origin, target.thread, target.column,
+            [&] { team_barrier<kShape>(target.team); });
     } else if (params.pairs) {
       finish_in_pairs<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
                                                 origin, sharing.owner());
