@@ -132,6 +132,7 @@ class Book:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.scores: dict[tuple, dict[str, Score]] = {}
+        self.losses: dict[tuple, dict[str, float]] = {}  # by row and module
         self.records: list[dict] = []
         self.add(Row("full precision", FULL, 0), subject.full, {}, [])
 
@@ -141,6 +142,9 @@ class Book:
                   "group_size": row.group_size, "options": dict(row.options)}  # fmt: skip
         if row.method == GPTQ:
             samples = self.subject.calibration(row.seed, row.tokens)
+            losses = {r.target.name: r.loss for r in results}
+            self.losses[(row.name, *row.settings())] = losses
+            published = self.losses.get(("published", *row.settings()), {})
             record |= {
                 "seed": row.seed,
                 "samples": len(samples),
@@ -148,6 +152,8 @@ class Book:
                 "loss_to_rtn": _geometric_mean(
                     [r.loss / r.rtn_loss for r in results if r.rtn_loss]
                 ),
+                # Modules that lose more, on what they were calibrated with, than as published.
+                "worse_modules": [n for n, loss in losses.items() if loss > published.get(n, loss)],
             }
         record |= {"seconds": seconds, "domains": self._compare(row, scores)}
         self.records.append(record)
@@ -220,7 +226,7 @@ def line(record: dict) -> str:
     return " | ".join(parts) + f" | {record['seconds']}"
 
 
-HEADER = ["group", "tokens", "seed", "loss/RTN"]
+HEADER = ["group", "tokens", "seed", "loss/RTN", "worse"]
 
 
 def format_result(result: dict) -> str:
@@ -257,7 +263,8 @@ def _cells(record: dict, domain: str, language: bool) -> list[str]:
         else [number(entry["cosine"], 5), number(entry["delta"], 5), interval("delta_95")]
     )  # fmt: skip
     return [record["name"], record["group_size"] or "-", record.get("tokens", "-"),
-            record.get("seed", "-"), number(record.get("loss_to_rtn"), 3), *measured,
+            record.get("seed", "-"), number(record.get("loss_to_rtn"), 3),
+            len(record.get("worse_modules", [])), *measured,
             share(entry.get("closed")), number(entry.get("to_published"), 4),
             interval("to_published_95")]  # fmt: skip
 

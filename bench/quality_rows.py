@@ -16,12 +16,14 @@ ALONE = {
     "refit": {"refit": True},
     "sweeps": {"sweeps": 3},
 }
-# … and on top of one another; with the last one all are on, which is the default.
+# … and on top of one another, ``plain clip`` being the first; with the last one it is the default.
 TOGETHER = {
-    "+ full range": {"clip": True, "metric": "trial", "full_range": True},
+    "+ full range": {"full_range": True},
     "+ order": {"order": True},
     "+ refit": {"refit": True},
 }
+# The default with one choice made otherwise.
+INSTEAD = {"metric trial": {"metric": "trial"}, "one sweep": {"sweeps": 1}}
 TOKENS = 24_576
 GROWTH = (12_288, 49_152, None)  # None: all there are
 SEEDS = (0, 1, 2)
@@ -63,19 +65,22 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
     rows = rtn_rows(main, tokens)[:1] + gptq_rows(anchors, main, 0, tokens)
     if quick:
         return rows
+    rows += rtn_rows(main, tokens)[1:]
     for amount in growth[-1:]:
         rows += gptq_rows(anchors, main, 0, amount)
-    rows += rtn_rows(main, tokens)[1:]
-    rows += gptq_rows({n: {**PUBLISHED, **o} for n, o in ALONE.items()}, main, 0, tokens)
-    stacked, steps = dict(PUBLISHED), {}
+    stacked, steps = dict(PLAIN_CLIP), {}
     for name, options in TOGETHER.items():
         stacked |= options
         steps[name] = dict(stacked)
     rows += gptq_rows(steps, main, 0, tokens)
     for seed in SEEDS[1:]:
         rows += gptq_rows(anchors, main, seed, tokens)
+    rows += gptq_rows(INSTEAD, main, 0, tokens)
+    for amount in growth[:1]:
+        rows += gptq_rows(short, main, 0, amount)
     for group in others:
         rows += rtn_rows(group, tokens)[:1] + gptq_rows(short, group, 0, tokens)
-    for amount in growth[:-1]:
+    rows += gptq_rows({n: {**PUBLISHED, **o} for n, o in ALONE.items()}, main, 0, tokens)
+    for amount in growth[1:-1]:
         rows += gptq_rows(short, main, 0, amount)
     return rows

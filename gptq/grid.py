@@ -16,6 +16,9 @@ ZERO = 8
 HALF_RANGE = 7.5
 SMALLEST_RATIO = 0.35
 CANDIDATES = 40
+# Errors (inputs, outputs) under several scales held at once: a CPU wants them in its cache, a GPU
+# wants few launches.
+ERRORS_AT_ONCE = {"cpu": 0, "cuda": 2**24}
 
 
 def round_scale(scale: Tensor) -> Tensor:
@@ -78,19 +81,20 @@ def rounding_losses(group: Tensor, scales: Tensor, metric: Tensor) -> Tensor:
     semi-definite blocks, for ``Σ_b e_bᵀ metric_b e_b``. Returns (candidates, n).
     Raises ValueError when metric does not tile the group.
     """
-    height, columns = group.shape
+    height = len(group)
     tiles = metric.shape[0] * (metric.shape[1] if metric.dim() == 3 else 1)
     if tiles != height:
         raise ValueError(
             f"metric: expected ({height},) or square blocks that tile a group of {height}, "
             f"got {tuple(metric.shape)}"
         )
+    at_once = max(1, ERRORS_AT_ONCE[group.device.type] // group.numel())
     losses = []
-    for scale in scales:  # one after the other: all at once would not fit a cache
-        error = group - decode(encode(group, scale), scale)
+    for some in scales.split(at_once):
+        error = group - decode(encode(group, some[:, None]), some[:, None])
         if metric.dim() == 1:
-            losses.append(torch.mv(error.square_().T, metric))
+            losses.append(torch.matmul(metric, error.square_()))
         else:
-            error = error.view(metric.shape[0], -1, columns)
-            losses.append((torch.bmm(metric, error) * error).sum(dim=(0, 1)))
-    return torch.stack(losses)
+            error = error.unflatten(1, (len(metric), -1))
+            losses.append((torch.matmul(metric, error) * error).sum(dim=(1, 2)))
+    return torch.cat(losses)

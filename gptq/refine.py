@@ -54,13 +54,14 @@ def _refit(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift:
     fitted = torch.cholesky_solve(target.T.unsqueeze(2), factors).squeeze(2)
     usable = torch.isfinite(fitted) & ~empty & (failed == 0)[:, None]
     fitted = grid.round_scale(torch.where(usable, fitted, scales.T).T)
-    before, after = (_losses(weight, levels, s, damped, shift) for s in (scales, fitted))
+    before, after = (losses(weight, codes, s, damped, shift) for s in (scales, fitted))
     return torch.where(after < before, fitted, scales)
 
 
-def _losses(weight: Tensor, levels: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
-    """(n,) eᵀ H e of each output."""
-    error = weight - (levels * scales[:, None]).flatten(0, 1)
+def losses(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
+    """(n,) eᵀ H e of each output, without what was added to H: ``shift`` on its diagonal."""
+    group = len(weight) // len(scales)
+    error = weight - grid.decode(codes, scales.repeat_interleave(group, dim=0))
     return ((damped @ error - shift * error) * error).sum(dim=0)
 
 

@@ -142,7 +142,7 @@ def test_csrc():
     assert not found, "\n".join(found)
 
 
-CPP = {".h", ".hpp", ".inl", ".cpp", ".cc", ".cu", ".cuh"}
+CPP = {".h", ".hpp", ".inl", ".def", ".cpp", ".cc", ".cu", ".cuh"}
 
 
 def test_nothing_in_csrc_escapes_the_check():

@@ -83,5 +83,5 @@ def test_embeddings_stay_close_at_group_128(encoder):
     rtn = (embed(rounded, judge) * reference).sum(dim=1).mean().item()
     ours = (embed(solved, judge) * reference).sum(dim=1).mean().item()
     print(f"mean cosine to full precision: rounding {rtn:.4f}, GPTQ {ours:.4f}")
-    assert ours >= 0.978
+    assert ours >= 0.985
     assert 0.9 < rtn < ours - 0.02  # rounding is clearly worse, else this tells nothing apart

@@ -48,6 +48,7 @@ def test_a_quick_run_of_both_kinds(directories, tmp_path, monkeypatch, capsys):
         assert full["delta"] == 0 and rtn["closed"] == 0
         assert default["closed"] == pytest.approx(1 - default["delta"] / rtn["delta"])
         assert packed[measure] == pytest.approx(default[measure], abs=2e-3)
+        assert rows[model, "default"]["worse_modules"] == []
         assert rows[model, "default"]["loss_to_rtn"] < rows[model, "published"]["loss_to_rtn"] < 1
     assert rows["llama", "full precision"]["domains"]["docstrings"]["top1"] == 1
     table = capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_rows_start_with_what_tells_most_and_end_with_all_on():
     assert len(rows) == len(set(rows))
     together = [dict(row.options) for row in rows if row.name == "+ refit"]
     default = solver.gptq.__kwdefaults__
-    assert all(default[name] == value for name, value in together[0].items() if name != "sweeps")
+    assert all(default[name] == value for name, value in together[0].items() if name != "guard")
     assert {row.seed for row in rows if row.name == "default"} == {0, 1, 2}
     assert {row.group_size for row in rows} == {64, 32, -1}
 

@@ -127,6 +127,19 @@ def test_blocks_of_the_metric_add_up():
     )
 
 
+@pytest.mark.parametrize("at_once", [500, 10**6])
+def test_losses_are_the_same_however_many_at_once(monkeypatch, at_once):
+    generator = torch.Generator().manual_seed(4)
+    group = torch.randn(32, 3, generator=generator, dtype=torch.float64)
+    blocks = torch.stack([random_metric(16, generator) for _ in range(2)])
+    scales = grid.candidate_scales(group, clip=True, full_range=True)
+    metrics = (blocks, torch.rand(32, generator=generator, dtype=torch.float64))
+    one_by_one = [grid.rounding_losses(group, scales, metric) for metric in metrics]
+    monkeypatch.setitem(grid.ERRORS_AT_ONCE, "cpu", at_once)
+    for metric, losses in zip(metrics, one_by_one, strict=True):
+        torch.testing.assert_close(grid.rounding_losses(group, scales, metric), losses)
+
+
 def test_metric_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"tile a group of 32, got \(1, 16, 16\)"):
         grid.rounding_losses(torch.zeros(32, 2), torch.ones(1, 2), torch.eye(16)[None])

@@ -162,14 +162,16 @@ def test_layers_side_by_side_are_solved_as_if_alone():
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_every_addition_loses_less(group_size):
-    """On one problem, in the order of issue and default: published, then one more each time."""
+    """On one problem, one more each time: first all that the default has, then what it leaves."""
     weight, hessian = problem(256, 64, seed=2, dtype=torch.float32, tokens=300)
     steps = [
-        {"clip": True, "metric": "trial"},
+        {"clip": True, "metric": "block"},
         {"full_range": True},
         {"order": True},
         {"refit": True},
-        {"sweeps": solver.SWEEPS},
+        {"guard": True},
+        {"metric": "trial"},
+        {"sweeps": 3},
     ]
     options, losses = dict(PLAIN), []
     for step in [{}, *steps]:
@@ -177,7 +179,7 @@ def test_every_addition_loses_less(group_size):
         solution = solver.gptq(weight, hessian, group_size, **options)
         losses.append(solver.output_loss(weight, solution, hessian))
     default = solver.gptq(weight, hessian, group_size)
-    assert solver.output_loss(weight, default, hessian) == losses[-1]
+    assert solver.output_loss(weight, default, hessian) == losses[5]
     rtn = solver.output_loss(weight, solver.rtn(weight, group_size), hessian)
     assert losses[0] < 0.6 * rtn
     assert losses[-1] < 0.75 * losses[0]
@@ -204,6 +206,26 @@ def test_never_worse_than_the_published_algorithm(seed, group_size, spread, tail
         for options in ({}, PLAIN)
     ]
     assert losses[0] <= losses[1]
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_outputs_that_the_published_algorithm_serves_better_get_its_solution(refit):
+    weight, hessian = problem(128, 64, seed=7, dtype=torch.float32)
+    searched = {**PLAIN, "clip": True, "metric": "block", "order": True, "refit": refit}
+
+    def solve(options):
+        solution = solver.gptq(weight, hessian, 32, **options)
+        error = weight - solution.dequantize()
+        return solution, ((hessian @ error) * error).sum(dim=0)
+
+    (with_plain, lost), (without, found) = solve(PLAIN), solve(searched)
+    guarded, least = solve({**searched, "guard": True})
+    better = lost < found
+    assert 0 < better.sum() < 64
+    assert torch.equal(least, torch.minimum(lost, found))
+    for field in ("codes", "scales"):
+        taken = torch.where(better, getattr(with_plain, field), getattr(without, field))
+        assert torch.equal(getattr(guarded, field), taken)
 
 
 def test_with_white_inputs_gptq_is_rounding():
