@@ -13,6 +13,7 @@
 #include "pipeline/sums.cuh"
 #include "pipeline/weight_blocks.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/register.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace marlin {
@@ -107,7 +108,7 @@ class MmaConsumer {
 // ------------------------------------------------------------------------ more rows: wgmma
 
 // The warpgroup multiplies a block of all its warps at a time, and each block's product runs while the
-// next ones are dequantized. A stage is given back when the next one's first row of tiles is under way.
+// next ones are dequantized. A stage is given back when only products of the next one are under way.
 template <typename Half, int kGroups, Sm90Shape kShape>
 class WgmmaConsumer {
   static constexpr int kBatches = kShape.rows / 8;
@@ -118,7 +119,10 @@ class WgmmaConsumer {
   // Rows of tiles that share a scale, at most a stage.
   static constexpr int kGroupTiles = kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1)
                                                           : kTiles;
+  // Products under way; after how many rows of tiles none of them is of the stage before.
   static constexpr int kPending = kShape.rows > 64 ? 2 * kCount : 4 * kCount / (kCount > 2 ? 2 : 1);
+  static constexpr int kReleaseTile = kPending / kCount - 1;
+  static_assert(kPending % kCount == 0 && kReleaseTile < kTiles);
 
  public:
   Sums<kBatches, kCount> sums;
@@ -126,8 +130,8 @@ class WgmmaConsumer {
   __device__ WgmmaConsumer(const Consumer<kShape>& me, Dtype scale_dtype)
       : me_(me), scale_dtype_(scale_dtype) {
     const int strip = me.first_block / kBlocks, block = me.first_block % kBlocks;
-    words_at_ = in_a_register((strip * 32 + me.lane) * sizeof(Chunk) + block * 4);
-    scales_at_ = in_a_register((strip * 8 + me.fragment_column) * sizeof(Chunk) + block * 4);
+    words_at_ = ptx::in_a_register((strip * 32 + me.lane) * sizeof(Chunk) + block * 4);
+    scales_at_ = ptx::in_a_register((strip * 8 + me.fragment_column) * sizeof(Chunk) + block * 4);
   }
 
   __device__ void multiply_stage(Sm90Shared<kShape>& shared, int slot) {
@@ -141,7 +145,7 @@ class WgmmaConsumer {
         const Words<kCount> next = words_of(shared, slot, (tile + 1) % kTiles);
         multiply_tile(shared, slot, tile, words, x);
         words = next;
-        if (tile == 0 && pass == 0) release(shared);
+        if (tile == kReleaseTile && pass == 0) release(shared);
       }
     } while (++pass < passes);
     held_ = slot;
@@ -156,12 +160,6 @@ class WgmmaConsumer {
   }
 
  private:
-  // Offsets that do not change are not worth working out again for every stage.
-  static __device__ uint32_t in_a_register(uint32_t value) {
-    asm volatile("" : "+r"(value));
-    return value;
-  }
-
   __device__ Words<kCount> words_of(const Sm90Shared<kShape>& shared, int slot, int tile) const {
     const auto* bytes = reinterpret_cast<const char*>(shared.words[slot][tile]);
     return *reinterpret_cast<const Words<kCount>*>(bytes + words_at_);
@@ -225,6 +223,7 @@ class WgmmaConsumer {
   }
 
   __device__ void release(Sm90Shared<kShape>& shared) {
+    __syncwarp();  // every lane has read what it needs
     if (held_ >= 0 && me_.lane == 0) ptx::mbarrier_arrive(&shared.empty[held_]);
   }
 
