@@ -52,8 +52,15 @@ def describe_gpu(index: int, build: dict) -> dict:
         "name": torch.cuda.get_device_name(index),
         "capability": "{}.{}".format(*capability),
         "runs": runs,
+        "engine": engine_for(capability, build.get("archs") or ""),
         "why_not": why_not,
     }
+
+
+def engine_for(capability: tuple[int, int], archs: str) -> str:
+    """The engine that a GPU's products take: Hopper's own needs machine code of 9.0a."""
+    own = capability[0] == 9 and "9.0a" in map(str.strip, archs.split(";"))
+    return "sm_90 engine" if own else "sm_80 engine"
 
 
 def why_no_code(capability: tuple[int, int], build: dict) -> str:
@@ -116,6 +123,7 @@ def describe(report: dict) -> str:
     if report["why_no_gpu"]:
         lines.append(("GPU", report["why_no_gpu"]))
     for index, gpu in enumerate(report["gpus"]):
-        verdict = f"cannot run: {gpu['why_not']}" if gpu["why_not"] else f"runs {gpu['runs']}"
+        works = f"runs the {gpu['engine']}, {gpu['runs']}"
+        verdict = f"cannot run: {gpu['why_not']}" if gpu["why_not"] else works
         lines.append((f"cuda:{index}", f"{gpu['name']} ({gpu['capability']}): {verdict}"))
     return "\n".join(f"{name:<12}{text}" for name, text in lines)

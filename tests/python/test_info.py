@@ -70,6 +70,15 @@ def test_code_for_a_gpu(capability, archs, runs):
     assert info.code_for(capability, archs) == runs
 
 
+@pytest.mark.parametrize(
+    "capability, archs, engine",
+    [((9, 0), DEFAULT, "sm_90 engine"), ((9, 0), "8.0+PTX", "sm_80 engine"),
+     ((8, 9), DEFAULT, "sm_80 engine"), ((12, 0), DEFAULT, "sm_80 engine")],
+)  # fmt: skip
+def test_engine_of_a_gpu(capability, archs, engine):
+    assert info.engine_for(capability, archs) == engine
+
+
 def test_reasons():
     build = {"archs": "9.0a", "nvcc": "13.0"}
     assert "compute capability 8.0" in info.why_no_code((7, 5), build)
@@ -84,9 +93,10 @@ def test_describe_names_each_gpu():
     report = info.collect()
     report["gpus"] = [
         {"name": "NVIDIA H200", "capability": "9.0", "runs": "machine code for 9.0a",
-         "why_not": None},
-        {"name": "Tesla T4", "capability": "7.5", "runs": None, "why_not": "it is too old"},
+         "engine": "sm_90 engine", "why_not": None},
+        {"name": "Tesla T4", "capability": "7.5", "runs": None, "engine": "sm_80 engine",
+         "why_not": "it is too old"},
     ]  # fmt: skip
     text = info.describe(report)
-    assert "NVIDIA H200 (9.0): runs machine code for 9.0a" in text
+    assert "NVIDIA H200 (9.0): runs the sm_90 engine, machine code for 9.0a" in text
     assert "Tesla T4 (7.5): cannot run: it is too old" in text
