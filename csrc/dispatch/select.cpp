@@ -123,9 +123,7 @@ KernelConfig select(const Problem& problem, const Device& device) {
   if (device.sm90_engine) {
     const KernelConfig config = select_sm90(problem, device);
     if (runs_on(config, problem, device)) return config;
-    // Nothing is tuned for FP16 rows with BF16 scales. At 512 rows the sm_80 engine reaches half of
-    // FP16's speed on an H200, the net 0.7 of it.
-    if (problem.m >= 512) return {Engine::kDense};
+    // FP16 rows with BF16 scales: the sm_80 engine scales sums, whatever the scales' size.
   }
   KernelConfig config{Engine::kSm80, select_shape(problem, device)};
   config.runs = runs_by_rule(problem, config, device);

@@ -173,6 +173,7 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
 
 // Puts scales that will multiply weights into the activations' type. A weight of up to eight scales must
 // not overflow FP16: a stage with scales of 8192 or more gets an eighth of each, and eight passes.
+// (Scales below 2^-11 beside one so large lose up to three bits to that.)
 template <typename Half, int kGroups, Sm90Shape kShape>
 __device__ void prepare_scales(Sm90Shared<kShape>& shared, Dtype dtype, int slot) {
   constexpr int kChunks = StageGroups<kShape, kGroups>::kCount * kShape.columns / 8;

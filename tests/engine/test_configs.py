@@ -117,6 +117,17 @@ def test_large_means_and_outliers(config):
     check_product(ops.matmul(a, weight.b, weight.s, config=config), a, weight.values())
 
 
+@pytest.mark.parametrize("m", [1, 100, 512, 1000])
+def test_wide_scales_with_narrow_rows(m):
+    """FP16 rows and BF16 scales that FP16 cannot hold, by whatever is selected."""
+    weight = random_weight(512, 256, 128, device="cuda")
+    scales = weight.scales.clone().to(torch.bfloat16)
+    scales[1, 3::16], scales[:, 6::16] = 1e5, 1e-9
+    weight.scales = scales
+    a = random_rows(m, 512, device="cuda") / 8192
+    check_product(ops.matmul(a, weight.b, ops.pack_scales(scales)), a, weight.values())
+
+
 def test_refused_configurations():
     weight = random_weight(128, 64, 64, device="cuda")
     a = random_rows(4, 128, device="cuda")
