@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from build_tools.plan import SM90_ARCH, is_sm90
 from marlin import ops
 
 PACKAGE = Path(ops.__file__).parent
@@ -67,7 +68,10 @@ def test_every_cuda_file_was_compiled_for_every_architecture():
     for arch in (part.strip() for part in ops.build_report()["archs"].split(";")):
         number = "".join(re.findall(r"\d", arch))  # the listing says sm_90 for 9.0a, too
         kind = "ptx" if arch.endswith("+PTX") else "cubin"
-        wanted |= {(file, number, kind) for file in files}
+        # The sm_90 engine exists as machine code of 9.0a only.
+        wanted |= {
+            (file, number, kind) for file in files if arch == SM90_ARCH or not is_sm90(f"{file}.cu")
+        }
     assert compiled == wanted
 
 
