@@ -58,21 +58,6 @@ const TunedRow& nearest(const Problem& problem) {
 
 }  // namespace
 
-int runs_by_rule(const Problem& problem, const KernelConfig& config, const Device& device) {
-  const Partition whole = partition_of(problem, config);
-  const int64_t ctas = device.sm_count;
-  auto fills = [&](int64_t runs) { return runs * 100 >= ctas * 84; };
-  if (whole.slices <= ctas) {
-    const int64_t even = ctas / whole.slices * whole.slices;
-    if (fills(even) && even <= whole.tiles()) return static_cast<int>(even);
-  } else {
-    const int64_t waves = (whole.slices + ctas - 1) / ctas;
-    const int64_t even = (whole.slices + waves - 1) / waves;
-    if (config.engine == Engine::kSm90 && fills(even)) return static_cast<int>(even);
-  }
-  return static_cast<int>(std::min<int64_t>(whole.tiles(), ctas));
-}
-
 KernelConfig select_sm90(const Problem& problem, const Device& device) {
   const TunedRow& row = nearest(problem);
   KernelConfig config{Engine::kSm90, sm90_index(row.shape)};
