@@ -88,10 +88,11 @@ struct Sm90Shape {
   constexpr int threads() const { return 128 * (consumers() + 1); }
   // Warps of a set that work on the same columns, at different depths.
   constexpr int parts() const { return wgmma ? 1 : depth / 128; }
-  // Warpgroups that finish slices together; alone, each finishes its own columns.
-  constexpr int teams() const { return wgmma && sets == 1 ? set_warpgroups() : 1; }
-  // Scales multiply sums, in FP32, or where registers are short weights, in 16 bits.
-  constexpr bool scales_sums() const { return rows <= 32; }
+  // Who finish a slice's columns: with wgmma each warpgroup its own, else all together.
+  constexpr int teams() const { return wgmma ? set_warpgroups() : 1; }
+  constexpr int team_threads() const { return wgmma ? 128 : 128 * consumers(); }
+  // Scales multiply sums, in FP32, or with wgmma, which has no time for that, weights, in 16 bits.
+  constexpr bool scales_sums() const { return !wgmma; }
   constexpr bool operator==(const Sm90Shape&) const = default;
 };
 
@@ -102,16 +103,16 @@ struct NamedSm90Shape {
 
 inline constexpr std::array kSm90Shapes{
     NamedSm90Shape{"h8x256x128x2", {false, 8, 256, 128, 2, 4, 8}},
-    NamedSm90Shape{"h8x128x256x2", {false, 8, 128, 256, 2, 4, 4, 2}},
+    NamedSm90Shape{"h8x128x256x2", {false, 8, 128, 256, 2, 4, 8}},
     NamedSm90Shape{"h8x64x512x1", {false, 8, 64, 512, 1, 4, 4, 2}},
     NamedSm90Shape{"h16x256x128x2", {false, 16, 256, 128, 2, 4, 8}},
     NamedSm90Shape{"h16x128x256x2", {false, 16, 128, 256, 2, 4, 6}},
     NamedSm90Shape{"h16x64x512x2", {false, 16, 64, 512, 2, 4, 4}},
     NamedSm90Shape{"h32x256x128x2", {true, 32, 256, 128, 2, 4, 6}},
     NamedSm90Shape{"h32x128x128x2", {true, 32, 128, 128, 2, 2, 10}},
-    NamedSm90Shape{"h48x256x128x2", {true, 48, 256, 128, 1, 2, 6}},
+    NamedSm90Shape{"h48x256x128x2", {true, 48, 256, 128, 2, 4, 4}},
     NamedSm90Shape{"h48x128x128x2", {true, 48, 128, 128, 1, 1, 8}},
-    NamedSm90Shape{"h64x256x128x2", {true, 64, 256, 128, 1, 2, 6}},
+    NamedSm90Shape{"h64x256x128x2", {true, 64, 256, 128, 2, 4, 4}},
     NamedSm90Shape{"h64x192x128x3", {true, 64, 192, 128, 1, 1, 6}},
     NamedSm90Shape{"h64x128x128x2", {true, 64, 128, 128, 1, 1, 8}},
     NamedSm90Shape{"h96x256x128x2", {true, 96, 256, 128, 1, 2, 4}},

@@ -62,4 +62,49 @@ __device__ inline ptx::FragmentA dequantize<__nv_bfloat16>(uint32_t word) {
   return {{low(word), low(word >> 8), low(word >> 4), low(word >> 12)}};
 }
 
+// Scales that dequantize_scaled takes: those of a lane's two columns in each of kCount blocks, every one
+// twice, in a unit in which they are at least 2^-9 and below 1 (pipeline/feed.cuh puts them so).
+//
+// A nibble by itself, read as a half, is a subnormal number: code · 2^-24, or · 2^-20 four bits higher.
+// The tensor cores' and the adders' FP16 is exact there and as fast as elsewhere, so one fused multiply-add
+// makes it (code - 8) · scale · 2^-8, rounded once. The factor 2^-8 keeps scale · 2^16 finite.
+inline constexpr int kFusedUnit = -8;   // log2
+inline constexpr int kFusedStored = 12;  // scales come as scale · 2^12
+
+template <int kCount>
+struct FusedScales {
+  uint32_t low[2 * kCount];  // [2 block + half]
+  uint32_t high[2 * kCount];
+  uint32_t offset[2 * kCount];
+
+  FusedScales() = default;
+
+  // `stored`: two neighbouring halves for each block.
+  __device__ explicit FusedScales(const uint32_t (&stored)[kCount]) {
+    const auto sixteen = as_pair<__half2>(0x4c004c00);
+    const auto minus_2_to_minus_17 = as_pair<__half2>(0x80808080);
+#pragma unroll
+    for (int i = 0; i < 2 * kCount; ++i) {
+      high[i] = __byte_perm(stored[i / 2], 0, i % 2 == 0 ? 0x1010 : 0x3232);
+      low[i] = as_bits(__hmul2(as_pair<__half2>(high[i]), sixteen));
+      offset[i] = as_bits(__hmul2(as_pair<__half2>(high[i]), minus_2_to_minus_17));
+    }
+  }
+};
+
+template <int kCount>
+__device__ inline ptx::FragmentA dequantize_scaled(uint32_t word, const FusedScales<kCount>& scales,
+                                                   int block) {
+  const auto fuse = [&](uint32_t bits, uint32_t scale, int i) {
+    return as_bits(__hfma2(as_pair<__half2>(bits), as_pair<__half2>(scale),
+                           as_pair<__half2>(scales.offset[i])));
+  };
+  const uint32_t upper = word >> 8;
+  const int left = 2 * block, right = 2 * block + 1;
+  return {{fuse(word & kLowNibbles, scales.low[left], left),
+           fuse(upper & kLowNibbles, scales.low[right], right),
+           fuse(word & kHighNibbles, scales.high[left], left),
+           fuse(upper & kHighNibbles, scales.high[right], right)}};
+}
+
 }  // namespace marlin

@@ -119,15 +119,23 @@ class RowFinisher {
   template <typename Handover>
   __device__ void add_others_and_store(float4 (&sums)[kAtOnce], int first, int start,
                                        const Handover& handover) const {
-    for (int other = 1; other <= handover.others(); ++other) {
-      float4 theirs[kAtOnce];
+    // All loads before the first addition: L2 takes its time, however many ask.
+    constexpr int kOthers = 3;
+#pragma unroll 1
+    for (int other = 1; other <= handover.others(); other += kOthers) {
+      float4 theirs[kOthers][kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int row = first + row_of(start + i);
-        theirs[i] = valid(row) ? handover.take(other, row, column_) : float4{};
-      }
+      for (int j = 0; j < kOthers; ++j)
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) sums[i] = sums[i] + theirs[i];
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int row = first + row_of(start + i);
+          const bool there = other + j <= handover.others() && valid(row);
+          theirs[j][i] = there ? handover.take(other + j, row, column_) : float4{};
+        }
+#pragma unroll
+      for (int j = 0; j < kOthers; ++j)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sums[i] = sums[i] + theirs[j][i];
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {

@@ -39,6 +39,12 @@ inline constexpr auto kSm80SharedBytes = []<size_t... kIndex>(std::index_sequenc
 }
 (std::make_index_sequence<kSm80Shapes.size()>{});
 
+// How the scales of a stage multiply weights (pipeline/prepare_scales.cuh).
+struct ScaleForm {
+  int passes;  // over the stage; 0: one, fused with the dequantization
+  int unit;    // log2 of what one is in the sums
+};
+
 // Shared memory of the sm_90 engine: rings of stages, and room to lay out finished rows.
 template <Sm90Shape kShape>
 struct Sm90Shared {
@@ -48,24 +54,25 @@ struct Sm90Shared {
   static constexpr int kMaxGroups = kShape.depth / 32;
   static constexpr int kCopies = kShape.sets * kShape.parts();
   static constexpr int kTeamColumns = kShape.columns / kShape.teams();
-  // Finished rows take turns; as many as leave room for the stages.
-  static constexpr int kTurnRows = kShape.sets > 2 ? 8 : kShape.rows < 16 ? kShape.rows : 16;
 
-  // Where a team is one warpgroup: rows that it lays out as halves, in the same memory.
+  // With mma.sync, finished rows: a copy for each part of the depth, and the partner's.
+  static constexpr int kRowsBytes = (kCopies + 1) * kShape.rows * (kShape.columns + 4) * 4;
+  // With wgmma, what the other sets have, or rows as halves, a few at a time.
+  static constexpr int kSetsBytes = (kShape.sets - 1) * kShape.rows * kShape.columns * 4;
   static constexpr int kHalfRows = kShape.rows % 32 == 0 ? 32 : 16;
-  static constexpr int kSumsBytes = kShape.teams() * kCopies * kTurnRows * (kTeamColumns + 4) * 4;
   static constexpr int kHalvesBytes = kShape.teams() * kHalfRows * (kTeamColumns + 8) * 2;
-  static constexpr bool kAlone = kShape.wgmma && kShape.sets == 1;
+  static constexpr int kFinishedBytes =
+      !kShape.wgmma ? kRowsBytes : kSetsBytes > kHalvesBytes ? kSetsBytes : kHalvesBytes;
 
   Chunk activations[kShape.stages][kPanels][kShape.rows][kSwizzleChunks];  // aligned to 1024 bytes
   Chunk words[kShape.stages][kTiles][kStrips][32];
   Chunk scales[kShape.stages][kMaxGroups][kStrips][8];
-  Chunk finished[(kAlone ? kHalvesBytes : kSumsBytes) / static_cast<int>(sizeof(Chunk))];
+  Chunk finished[kFinishedBytes / static_cast<int>(sizeof(Chunk))];
   uint64_t full[kShape.stages];  // mbarriers
   uint64_t empty[kShape.stages];
   uint64_t scales_full[kShape.stages];
-  uint64_t partner[kShape.teams()];  // the other CTA of a pair has done its part
-  int passes[kShape.stages];         // over the stage (pipeline/feed.cuh)
+  uint64_t partner[kShape.teams()];  // what the other CTA of a pair has to say
+  ScaleForm scale_forms[kShape.stages];  // of scales that multiply weights
 };
 
 inline constexpr auto kSm90SharedBytes = []<size_t... kIndex>(std::index_sequence<kIndex...>) {

@@ -1,12 +1,14 @@
 // The engine for Hopper: one warpgroup feeds a ring of stages, the others multiply.
 //
 //   global --feed (copy engine)--> Sm90Shared's ring --mma.sync or wgmma--> Sums (registers)
-//   Sums --finish_in_turns--> rows in shared memory --Handover--> the slice's owner --> Y
+//   Sums (mma.sync) --finish_rows--> rows in shared memory --Handover--> the slice's owner --> Y
+//   Sums (wgmma) --add_sums--> those of the slice's owner --store_halves--> Y
 #pragma once
 
 #include "core/config.h"
 #include "core/partition.h"
-#include "epilogue/finish_turns.cuh"
+#include "epilogue/add_sums.cuh"
+#include "epilogue/finish_rows.cuh"
 #include "epilogue/store_halves.cuh"
 #include "pipeline/feed.cuh"
 #include "pipeline/ring.cuh"
@@ -40,10 +42,13 @@ struct Consumer {
   __device__ explicit Consumer(int cta_warp) : warpgroup(cta_warp / 4), warp(cta_warp % 4) {}
 
   __device__ SumsPlace sums_place() const {
-    constexpr int kTeamThreads = 128 * kShape.consumers() / kShape.teams();
-    const int team = static_cast<int>(threadIdx.x) / kTeamThreads;
-    return {team, static_cast<int>(threadIdx.x) % kTeamThreads, set * kShape.parts() + part,
-            16 * first_block + fragment_column - team * Sm90Shared<kShape>::kTeamColumns, lane % 4};
+    const int team = kShape.wgmma ? warpgroup % kShape.teams() : 0;
+    return {team,
+            static_cast<int>(threadIdx.x) % kShape.team_threads(),
+            set,
+            set * kShape.parts() + part,
+            16 * first_block + fragment_column - team * Sm90Shared<kShape>::kTeamColumns,
+            lane % 4};
   }
 };
 
@@ -114,8 +119,7 @@ class WgmmaConsumer {
   static constexpr int kBatches = kShape.rows / 8;
   static constexpr int kCount = kShape.blocks;
   static constexpr int kTiles = Sm90Shared<kShape>::kTiles;
-  static constexpr bool kScaleSums = kGroups > 0 && kShape.scales_sums();
-  static constexpr bool kScaleWeights = kGroups > 0 && !kShape.scales_sums();
+  static constexpr bool kCanFuse = kGroups > 0 && std::is_same_v<Half, __half>;
   // Rows of tiles that share a scale, at most a stage.
   static constexpr int kGroupTiles = kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1)
                                                           : kTiles;
@@ -127,27 +131,26 @@ class WgmmaConsumer {
  public:
   Sums<kBatches, kCount> sums;
 
-  __device__ WgmmaConsumer(const Consumer<kShape>& me, Dtype scale_dtype)
-      : me_(me), scale_dtype_(scale_dtype) {
+  __device__ explicit WgmmaConsumer(const Consumer<kShape>& me, Dtype) : me_(me) {
     const int strip = me.first_block / kBlocks, block = me.first_block % kBlocks;
     words_at_ = ptx::in_a_register((strip * 32 + me.lane) * sizeof(Chunk) + block * 4);
     scales_at_ = ptx::in_a_register((strip * 8 + me.fragment_column) * sizeof(Chunk) + block * 4);
   }
 
   __device__ void multiply_stage(Sm90Shared<kShape>& shared, int slot) {
-    const uint64_t x = ptx::wgmma_descriptor(shared.activations[slot]);
-    Words<kCount> words = words_of(shared, slot, 0);
-    const int passes = kScaleWeights ? shared.passes[slot] : 1;
-    int pass = 0;
-    do {
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const Words<kCount> next = words_of(shared, slot, (tile + 1) % kTiles);
-        multiply_tile(shared, slot, tile, words, x);
-        words = next;
-        if (tile == kReleaseTile && pass == 0) release(shared);
-      }
-    } while (++pass < passes);
+    int passes = 1;
+    if constexpr (kGroups > 0) {
+      const ScaleForm form = shared.scale_forms[slot];
+      if (form.unit != unit_) change_unit(form.unit);
+      passes = form.passes;
+    }
+    if (kCanFuse && passes == 0) {
+      multiply_tiles<FusedScales<kCount>>(shared, slot, true);
+    } else {
+      multiply_tiles<PairScales<Half, kCount>>(shared, slot, true);
+      for (int pass = 1; pass < passes; ++pass)
+        multiply_tiles<PairScales<Half, kCount>>(shared, slot, false);
+    }
     held_ = slot;
   }
 
@@ -156,7 +159,7 @@ class WgmmaConsumer {
     ptx::wgmma_wait<0>();
     release(shared);
     held_ = -1;
-    if constexpr (kScaleSums) add_product();
+    if constexpr (kGroups > 0) change_unit(0);
   }
 
  private:
@@ -170,56 +173,53 @@ class WgmmaConsumer {
     return *reinterpret_cast<const Words<kCount>*>(bytes + scales_at_);
   }
 
-  __device__ void multiply_tile(const Sm90Shared<kShape>& shared, int slot, int tile,
-                                const Words<kCount>& words, uint64_t x) {
+  template <typename Scales>
+  __device__ void multiply_tiles(Sm90Shared<kShape>& shared, int slot, bool first_pass) {
+    const uint64_t x = ptx::wgmma_descriptor(shared.activations[slot]);
+    Words<kCount> words = words_of(shared, slot, 0);
+    Scales scales;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Words<kCount> next = words_of(shared, slot, (tile + 1) % kTiles);
+      if (kGroups > 0 && tile % kGroupTiles == 0)
+        scales = Scales(scales_of(shared, slot, tile / kGroupTiles).words);
+      multiply_tile(words, scales, columns_of(x, tile));
+      words = next;
+      if (tile == kReleaseTile && first_pass) release(shared);
+    }
+  }
+
+  // The 16 columns of X that a row of tiles meets.
+  static __device__ uint64_t columns_of(uint64_t x, int tile) {
     constexpr int kPanelTiles = kPanelColumns / kTileRows;
     constexpr uint64_t kPanelBytes = kShape.rows * kSwizzleChunks * sizeof(Chunk);
-    const uint64_t columns = x + tile / kPanelTiles * (kPanelBytes / 16) + tile % kPanelTiles * 2;
-    const bool first = kGroups > 0 && tile % kGroupTiles == 0;
-    if (first) {
-      const Words<kCount> scales = scales_of(shared, slot, tile / kGroupTiles);
-      if constexpr (kScaleWeights) pair_scales_ = PairScales<Half, kCount>(scales);
-      if constexpr (kScaleSums) {
-        add_product();
-        set_scales(scales);
-      }
-    }
+    return x + tile / kPanelTiles * (kPanelBytes / 16) + tile % kPanelTiles * 2;
+  }
+
+  template <typename Scales>
+  __device__ void multiply_tile(const Words<kCount>& words, const Scales& scales, uint64_t columns) {
 #pragma unroll
     for (int block = 0; block < kCount; ++block) {
       ptx::wgmma_wait<kPending - 1>();
-      ptx::FragmentA w = dequantize<Half>(words.words[block]);
-      if constexpr (kScaleWeights) scale_weights(w, pair_scales_, block);
+      ptx::FragmentA w;
+      if constexpr (kGroups == 0) w = dequantize<Half>(words.words[block]);
+      else w = dequantize_scaled(words.words[block], scales, block);
       ptx::wgmma_fence();
-      if constexpr (kScaleSums) {
-        if (first) ptx::wgmma<Half, true>(w, columns, product_.values[block]);
-        else ptx::wgmma<Half, false>(w, columns, product_.values[block]);
-      } else {
-        ptx::wgmma<Half, false>(w, columns, sums.values[block]);
-      }
+      ptx::wgmma<Half, false>(w, columns, sums.values[block]);
       ptx::wgmma_commit();
     }
   }
 
-  // sums += product · scale of the group before. The compiler allows no look at any accumulator while
-  // a product is under way; the other sets go on meanwhile.
-  __device__ void add_product() {
+  __device__ void change_unit(int unit) {
+    const float factor = power_of_two(unit - unit_);
+    unit_ = unit;
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int block = 0; block < kCount; ++block)
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& sum = sums.values[block][batch].values[i];
-          sum = fmaf(product_.values[block][batch].values[i], sum_scales_[2 * block + i / 2], sum);
-        }
-  }
-
-  __device__ void set_scales(const Words<kCount>& halves) {
-#pragma unroll
-    for (int i = 0; i < 2 * kCount; ++i)
-      sum_scales_[i] =
-          scale_value(static_cast<uint16_t>(halves.words[i / 2] >> (16 * (i % 2))), scale_dtype_);
+        for (int i = 0; i < 4; ++i) sums.values[block][batch].values[i] *= factor;
   }
 
   __device__ void release(Sm90Shared<kShape>& shared) {
@@ -227,28 +227,56 @@ class WgmmaConsumer {
     if (held_ >= 0 && me_.lane == 0) ptx::mbarrier_arrive(&shared.empty[held_]);
   }
 
-  struct Nothing {};
   const Consumer<kShape>& me_;
-  Dtype scale_dtype_;
   uint32_t words_at_;   // of this thread, in bytes, in a row of tiles
   uint32_t scales_at_;  // and in a group
   int held_ = -1;       // the stage before, which products under way still read
-  Sums<kScaleSums ? kBatches : 1, kScaleSums ? kCount : 1> product_;  // of the current group
-  float sum_scales_[2 * kCount] = {};                                 // its scales
-  PairScales<Half, kCount> pair_scales_;
+  int unit_ = 0;        // log2 of what one is in the sums
 };
 
 // ------------------------------------------------------------------------------ the kernel
+
+// From a thread's sums to Y, or to the CTA that owns the slice.
+template <typename Half, bool kPerColumn, Sm90Shape kShape, int kBatches, int kCount>
+__device__ void finish_slice(Sums<kBatches, kCount>& sums, const SumsPlace& place,
+                             Sm90Shared<kShape>& shared, const LaunchParams& params,
+                             const SliceOrigin& origin, int run, const Sharing& sharing) {
+  const GemmParams& gemm = params.gemm;
+  const Sm90Handover<kShape> handover(params.workspace, sharing, run, place.team);
+  if constexpr (kShape.wgmma) {
+    const int64_t rows_left = gemm.m - origin.row;
+    if (!add_sets<kShape>(sums, place, rows_left, shared)) return;
+    const bool mine =
+        params.pairs ? add_partner<kShape>(sums, place, rows_left, shared, sharing.owner())
+                     : add_others<kShape>(sums, place, rows_left, handover);
+    if (mine)
+      store_halves<Half, kPerColumn, kShape>(
+          sums, reinterpret_cast<HalfRows<kShape>*>(shared.finished)[place.team], gemm, origin,
+          place.thread, place.column, [&] { team_barrier<kShape>(place.team); });
+  } else if (params.pairs) {
+    const PairHandover<kShape> pair(shared, gemm, origin, sharing.owner());
+    finish_rows<Half, kPerColumn, kShape>(sums, place, shared, gemm, origin, pair);
+  } else {
+    finish_rows<Half, kPerColumn, kShape>(sums, place, shared, gemm, origin, handover);
+  }
+}
 
 template <typename Half, int kGroups, Sm90Shape kShape>
 __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, int warp, int run) {
   using Multiplier = std::conditional_t<kShape.wgmma, WgmmaConsumer<Half, kGroups, kShape>,
                                         MmaConsumer<Half, kGroups, kShape>>;
   const Consumer<kShape> me(warp);
+  const SumsPlace target = me.sums_place();
   RingPlace<kShape.stages, kShape.sets> place(me.set);
   int until_mine = me.set;  // tiles of the run before this set's next one
 #pragma unroll 1
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
+    // Before the first stage is there, so that it costs no time.
+    const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
+    const SliceOrigin origin{slice.first_row, slice.strip * kTileColumns +
+                                                  target.team * Sm90Shared<kShape>::kTeamColumns};
+    const Sharing sharing = params.partition.sharing(run, segment->slice);
+
     Multiplier multiplier(me, params.gemm.scale_dtype);
     const int tiles = segment->last - segment->first;
 #pragma unroll 1
@@ -258,32 +286,8 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
     }
     until_mine -= tiles;
     multiplier.finish(shared);
-
-    const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
-    const SumsPlace target = me.sums_place();
-    const SliceOrigin origin{slice.first_row, slice.strip * kTileColumns +
-                                                  target.team * Sm90Shared<kShape>::kTeamColumns};
-    const Sharing sharing = params.partition.sharing(run, segment->slice);
-    constexpr bool kPerColumn = kGroups == 0;
-    const Sm90Handover<kShape> handover(params.workspace, sharing, run, target.team);
-    if constexpr (kShape.wgmma && kShape.sets == 1) {
-      const int64_t rows_left = params.gemm.m - slice.first_row;
-      const bool mine =
-          params.pairs
-              ? add_partner<kShape>(multiplier.sums, target, rows_left, shared, sharing.owner())
-              : add_others<kShape>(multiplier.sums, target, rows_left, handover);
-      if (mine)
-        store_halves<Half, kPerColumn, kShape>(
-            multiplier.sums, reinterpret_cast<HalfRows<kShape>*>(shared.finished)[target.team],
-            params.gemm, origin, target.thread, target.column,
-            [&] { team_barrier<kShape>(target.team); });
-    } else if (params.pairs) {
-      finish_in_pairs<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
-                                                origin, sharing.owner());
-    } else {
-      finish_in_turns<Half, kPerColumn, kShape>(multiplier.sums, target, shared, params.gemm,
-                                                origin, handover);
-    }
+    finish_slice<Half, kGroups == 0, kShape>(multiplier.sums, target, shared, params, origin, run,
+                                             sharing);
   }
 }
 
@@ -318,7 +322,6 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(),
     if (params.pairs) ptx::cluster_wait();
   } else {
     ptx::take_registers<Registers<kShape>::kConsume>();
-    prefetch_words<kShape>(params, warp, run);
     if (params.pairs) ptx::cluster_wait();
     consume<Half, kGroups>(shared, params, warp, run);
   }

@@ -31,7 +31,6 @@ __device__ void init_ring(Sm90Shared<kShape>& shared, int producers) {
     ptx::mbarrier_init(&shared.full[i], producers);
     ptx::mbarrier_init(&shared.empty[i], 4 * kShape.set_warpgroups());
     ptx::mbarrier_init(&shared.scales_full[i], 1);
-    shared.passes[i] = 1;
   }
   for (int i = 0; i < kShape.teams(); ++i) ptx::mbarrier_init(&shared.partner[i], 1);
   ptx::mbarrier_init_fence();

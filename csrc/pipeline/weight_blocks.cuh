@@ -20,12 +20,10 @@ struct PairScales {
   uint32_t pairs[2 * kCount];  // [2 block + half], as in ScaleFragment
 
   PairScales() = default;
-  __device__ explicit PairScales(const Words<kCount>& words) {
+  __device__ explicit PairScales(const uint32_t (&stored)[kCount]) {
 #pragma unroll
-    for (int block = 0; block < kCount; ++block) {
-      pairs[2 * block] = __byte_perm(words.words[block], 0, 0x1010);
-      pairs[2 * block + 1] = __byte_perm(words.words[block], 0, 0x3232);
-    }
+    for (int i = 0; i < 2 * kCount; ++i)
+      pairs[i] = __byte_perm(stored[i / 2], 0, i % 2 == 0 ? 0x1010 : 0x3232);
   }
 };
 
@@ -38,11 +36,13 @@ __device__ inline uint32_t multiply_pair(__nv_bfloat16, uint32_t a, uint32_t b) 
 
 // A fragment's registers 0 and 2 are of the lane's column, 1 and 3 of the one 8 further.
 template <typename Half, int kCount>
-__device__ void scale_weights(ptx::FragmentA& w, const PairScales<Half, kCount>& scales,
-                              int block) {
+__device__ ptx::FragmentA dequantize_scaled(uint32_t word, const PairScales<Half, kCount>& scales,
+                                            int block) {
+  ptx::FragmentA w = dequantize<Half>(word);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     w.registers[i] = multiply_pair(Half{}, w.registers[i], scales.pairs[2 * block + i % 2]);
+  return w;
 }
 
 }  // namespace marlin

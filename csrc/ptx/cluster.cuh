@@ -33,6 +33,22 @@ __device__ inline T* in_cluster(T* shared, uint32_t rank) {
   return remote;
 }
 
+// Writes to the same place in another CTA's shared memory, and counts the bytes on its barrier.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-st-async
+__device__ inline void store_remote(void* shared, Mbarrier* barrier, uint32_t rank, float4 value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 place, counter;\n"
+      "mapa.shared::cluster.u32 place, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+      "[place], {%3, %4, %5, %6}, [counter];\n"
+      "}\n" ::"r"(shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z),
+      "f"(value.w)
+      : "memory");
+}
+
 // Arrives at another CTA's barrier; what this thread has seen is visible to who waits there.
 __device__ inline void mbarrier_arrive_remote(Mbarrier* barrier, uint32_t rank) {
   asm volatile(
