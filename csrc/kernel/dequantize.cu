@@ -61,15 +61,18 @@ __global__ void __launch_bounds__(32 * kWarps) dequantize_kernel(const Dequantiz
   __shared__ __align__(16) Value staged[kWarps][kTileRows][kTileColumns + kChunk];
 
   const int lane = threadIdx.x % 32, column = lane / 4, row = 2 * (lane % 4);
-  const int64_t tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  const int64_t tile_row = tile / p.strips, strip = tile - tile_row * p.strips;
+  // Divisions of 64 bits would take as long as all the rest.
+  const uint32_t tile = blockIdx.x * kWarps + threadIdx.x / 32;
+  const auto strips = static_cast<uint32_t>(p.strips);
+  const int64_t tile_row = tile / strips, strip = tile % strips;
   if (tile_row >= p.k / kTileRows) return;
 
   const int64_t source_strip = p.first_strip + strip;
   const uint32_t* words = p.words + tile_offset(tile_row, source_strip, p.n) + 4 * lane;
   const uint4 loaded = *reinterpret_cast<const uint4*>(words);
   const uint32_t word[kBlocks] = {loaded.x, loaded.y, loaded.z, loaded.w};
-  const int64_t scale_row = tile_row * kTileRows / (p.k / p.groups) * p.n;
+  const auto group_rows = static_cast<uint32_t>(p.k) / static_cast<uint32_t>(p.groups);
+  const int64_t scale_row = tile / strips * kTileRows / group_rows * p.n;
   const int64_t first_column = source_strip * kTileColumns + column;
   const auto scales =
       load_eight(static_cast<const Scale*>(p.scales) + scale_row, first_column, p.groups == 1);
