@@ -155,26 +155,38 @@ class MarlinLinear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), of x's type."""
+        # The operator itself takes the host a few microseconds. A module's attributes that are not
+        # its own, like its buffers, or the name of a device would take half of one each.
+        buffers = self._buffers
+        rare = (
+            buffers["perm"] is not None
+            or self.out_features % ops.TILE_COLUMNS != 0
+            or x.dtype is torch.float32
+            or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+        )
+        if rare:
+            return self._forward_rare(x)
+        bias = buffers["bias"] if "bias" in buffers else self.bias  # may have become a parameter
+        return ops.matmul(x, buffers["B"], buffers["s"], bias, None, buffers["zeros"])
+
+    def _forward_rare(self, x: torch.Tensor) -> torch.Tensor:
+        """Whatever has to be done around the operator: casts, gathering inputs, cutting outputs."""
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         if x.dtype is torch.float32 and kind == "cuda":
-            return self._product(x.to(self.s.dtype)).to(torch.float32)
-        return self._product(x)
+            return self._gather_and_cut(x.to(self.s.dtype)).to(torch.float32)
+        return self._gather_and_cut(x)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        buffers = self._buffers  # attributes of a module would take longer than all else here
-        b, s, zeros, perm = buffers["B"], buffers["s"], buffers["zeros"], buffers["perm"]
-        bias = self.bias  # may have become a parameter
+    def _gather_and_cut(self, x: torch.Tensor) -> torch.Tensor:
+        s, perm, bias = self.s, self.perm, self.bias
         if perm is not None and x.shape[-1:] == perm.shape:  # if not, the operator says so
             x = x.index_select(-1, perm)
         extra = s.shape[1] - self.out_features
-        if not extra:
-            return ops.matmul(x, b, s, bias, None, zeros)
-        if bias is not None:
+        if bias is not None and extra:
             bias = F.pad(bias, (0, extra))
-        y = ops.matmul(x, b, s, bias, None, zeros)
-        return y[..., : self.out_features].contiguous()
+        y = ops.matmul(x, self.B, s, bias, None, self.zeros)
+        return y[..., : self.out_features].contiguous() if extra else y
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight (out_features, in_features), as `nn.Linear` holds it."""
