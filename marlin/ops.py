@@ -58,7 +58,8 @@ def _load_cuda() -> str | None:
 _load("_ops")
 _why_no_cuda = _load_cuda()
 _ops = torch.ops.marlin
-_mul, _mul_inference = _ops.mul.default, _ops.mul_inference.default
+_mul = _ops.mul.default
+mul_inference = _ops.mul_inference.default  # `matmul` where nothing needs a gradient
 
 
 def _refuse_cuda(name: str):
@@ -191,7 +192,7 @@ def matmul(
     # A registered gradient costs a call microseconds even where none is needed, and every argument
     # that is passed a tenth of one.
     needs_grad = a.requires_grad or (bias is not None and bias.requires_grad)
-    operator = _mul if needs_grad and torch.is_grad_enabled() else _mul_inference
+    operator = _mul if needs_grad and torch.is_grad_enabled() else mul_inference
     if config is None and zeros is None and weight_type is None:
         return operator(a, b, s) if bias is None else operator(a, b, s, bias)
     return operator(a, b, s, bias, config, zeros, weight_type)
