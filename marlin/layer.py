@@ -168,8 +168,8 @@ class MarlinLinear(PackedModule):
             or buffers["zeros"] is not None
         ):
             return self._forward_any(x)
-        # It may have become a parameter.
-        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401: only then
+        # It may have become a parameter; only then, as a module's attribute, it is slow to reach.
+        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401
         if bias is None:
             return ops.mul_inference(x, buffers["B"], buffers["s"])
         return ops.mul_inference(x, buffers["B"], buffers["s"], bias)

@@ -180,7 +180,7 @@ def matmul(
         config: name of a kernel configuration, for tests; the best is chosen without.
         zeros: uint8 (groups, n) in the order of ``s`` (``pack_scales`` takes them too), values 0 to
             16: a weight is (code - zero) · scale. Without, every zero is 8. On CUDA only the simple
-            kernel knows them.
+            kernel and the net know them.
         weight_type: "uint4" with zeros, "uint4b8" without; follows from them where it is not said.
 
     Returns:
