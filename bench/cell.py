@@ -19,6 +19,8 @@ from marlin.testing.timing import (
 )
 
 AUTO = "auto"  # the configuration that the operator chooses itself
+NET = "dense"  # dequantize, then the library's product
+NET_ROWS = 512  # from which on it is timed beside ours
 FP16_LAYOUTS = {"fp16 (k, n)": False, "fp16 (n, k)": True}  # name -> stored transposed
 
 
@@ -65,16 +67,18 @@ def make_path(name: str, pools: Pools, rates: Rates, k: int, n: int, m: int) -> 
 
 
 def capture_path(
-    pools: Pools, path: Path, k: int, n: int, m: int, check: bool
+    pools: Pools, path: Path, k: int, n: int, m: int, check: bool, launches: int | None = None
 ) -> tuple[torch.cuda.CUDAGraph, int]:
     """The path's launches in a graph, and how many; ``check``: first assert what it writes.
+
+    Without ``launches``, as many as the protocol wants.
 
     The first and the last launch of the graph have an output of their own, poisoned before, and
     both are checked: what is timed is what was checked.
     """
     x = pools.activations(m, k)
     first, last = pools.output_pair(m, n)
-    launches = launch_count(len(path.weights), path.expected_us)
+    launches = launches or launch_count(len(path.weights), path.expected_us)
 
     def launch_all():
         for i in range(launches):
@@ -96,16 +100,25 @@ def time_path(pools: Pools, path: Path, k: int, n: int, m: int, check: bool) -> 
 
 
 def summarize(
-    k: int, n: int, m: int, timings: dict[str, list[Timing]], group_size: int, rates: Rates
+    k: int,
+    n: int,
+    m: int,
+    timings: dict[str, list[Timing]],
+    configs: list[str],
+    group_size: int,
+    rates: Rates,
 ) -> list[dict]:
     """The record of a cell for each of our configurations, from the passes of every path."""
-    dense = {name: sum(t.median_us for t in timings[name]) / len(timings[name])
-             for name in FP16_LAYOUTS if name in timings}  # fmt: skip
+    mean_us = {name: sum(t.median_us for t in passes) / len(passes)
+               for name, passes in timings.items()}  # fmt: skip
+    dense = {name: mean_us[name] for name in FP16_LAYOUTS if name in timings}
     layout = min(dense, key=dense.get, default=None)
+    net_us = mean_us.get(NET)
     records = []
-    for name, passes in timings.items():
-        if name in FP16_LAYOUTS:
+    for name in configs:
+        if name not in timings:
             continue
+        passes = timings[name]
         us = [timing.median_us for timing in passes]
         mean = sum(us) / len(us)
         floor = floor_us(rates, m, k, n, group_size)
@@ -118,6 +131,8 @@ def summarize(
             "tflop_per_s": 2 * m * k * n / mean * 1e-6,
             "fp16_us": fp16_us, "fp16_layout": layout and layout.removeprefix("fp16 "),
             "fp16_us_passes": layout and [t.median_us for t in timings[layout]],
+            "fp16_us_other_layout": max(dense.values(), default=None),
+            "net_us": net_us, "net_speedup": net_us and fp16_us and fp16_us / net_us,
             "speedup": fp16_us and fp16_us / mean,
             "ideal_speedup": floor_us(rates, m, k, n, -1, bits=16) / floor,
             "clock_mhz": passes[-1].clock_mhz,

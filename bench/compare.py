@@ -44,6 +44,8 @@ def add_up(
     chosen = [by_shape[shape] for shape in shapes]
     us, floor = sum(r["us"] for r in chosen), sum(r["floor_us"] for r in chosen)
     fp16 = None if None in [r["fp16_us"] for r in chosen] else sum(r["fp16_us"] for r in chosen)
+    net = [r["net_us"] for r in chosen]
+    net_us = None if None in net else sum(net)
     cells = [(k, n, m) for k, n in shapes]
     best_name, best_us = incumbents.best_sum(cells, group_size) or (None, None)
     published = [incumbents.published_us(cell, group_size) for cell in cells]
@@ -51,7 +53,7 @@ def add_up(
     their_fp16 = incumbents.fp16_sum(cells)
     return {
         "m": m, "us": us, "fp16_us": fp16, "speedup": fp16 and fp16 / us,
-        "percent_of_floor": 100 * floor / us,
+        "percent_of_floor": 100 * floor / us, "net_speedup": fp16 and net_us and fp16 / net_us,
         "ideal_speedup": sum(r["ideal_speedup"] * r["floor_us"] for r in chosen) / floor,
         "published_speedup": published_us and their_fp16 and their_fp16 / published_us,
         "best_incumbent": best_name, "best_incumbent_us": best_us,

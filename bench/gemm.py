@@ -10,7 +10,7 @@ import sys
 import torch
 
 from bench import ceilings, compare, sustained
-from bench.cell import AUTO, FP16_LAYOUTS, make_path, summarize, time_path
+from bench.cell import AUTO, FP16_LAYOUTS, NET, NET_ROWS, make_path, summarize, time_path
 from bench.incumbents import Incumbents, incumbents_on
 from bench.machine import describe_run
 from bench.pools import Pools
@@ -51,6 +51,8 @@ class Measurement:
     def measure(self, cell: Cell, first: bool) -> None:
         """One pass over one cell; ``first``: check the results too."""
         names = [*self.configs, *(FP16_LAYOUTS if self.with_fp16 else ())]
+        if cell[2] >= NET_ROWS and NET not in names:
+            names.append(NET)
         for name in names if first else reversed(names):
             if (cell, name) in self.failures:
                 continue
@@ -69,7 +71,7 @@ class Measurement:
 
     def records(self, cells: list[Cell]) -> list[dict]:
         found = [
-            summarize(*cell, self.timings[cell], self.pools.group_size, self.rates)
+            summarize(*cell, self.timings[cell], self.configs, self.pools.group_size, self.rates)
             for cell in cells
             if cell in self.timings
         ]
@@ -99,12 +101,13 @@ def build_result(head: dict, options: dict, measurement: Measurement, cells: lis
 
 def cell_table(records: list[dict]) -> str:
     configs = {r["config"] for r in records}
-    header = ["k", "n", "m", "us", "+-%", "fp16", "xFP16", "ideal", "%floor", "xpubl", "xbest",
-              "best", "MHz"]  # fmt: skip
+    header = ["k", "n", "m", "us", "+-%", "fp16", "xFP16", "net", "ideal", "%floor", "xpubl",
+              "xbest", "best", "MHz"]  # fmt: skip
     rows = [
         [r["k"], r["n"], r["m"], number(r["us"]), number(r["spread_percent"], 1),
-         number(r["fp16_us"]), number(r["speedup"]), number(r["ideal_speedup"]),
-         number(r["percent_of_floor"], 1), number(r["vs_published"]), number(r["vs_best"]),
+         number(r["fp16_us"]), number(r["speedup"]),
+         number(r["net_speedup"]), number(r["ideal_speedup"]), number(r["percent_of_floor"], 1),
+         number(r["vs_published"]), number(r["vs_best"]),
          (r["best_incumbent"] or "-").split("_")[0], r["clock_mhz"] or "-"]
         for r in records
     ]  # fmt: skip
@@ -115,12 +118,15 @@ def cell_table(records: list[dict]) -> str:
 
 
 def sums_table(sums: dict[str, list[dict]]) -> str:
-    """Per batch size and column: speed-up / percent of floor (the best incumbent's speed-up)."""
+    """Per batch size and column: speed-up / percent of floor (the best incumbent's speed-up), and
+    the net's speed-up where it was measured."""
     by_rows = {m: {} for column in sums.values() for m in sorted(s["m"] for s in column)}
     for name, column in sums.items():
         for s in column:
             best = f" ({number(s['best_incumbent_speedup'])})" if s["best_incumbent"] else ""
             text = f"{number(s['speedup'])} / {number(s['percent_of_floor'], 0)}{best}"
+            if s["net_speedup"]:
+                text += f" net {number(s['net_speedup'])}"
             by_rows[s["m"]][name] = text
     names = list(sums)
     rows = [[m, *(cells.get(name, "-") for name in names)] for m, cells in sorted(by_rows.items())]
@@ -143,8 +149,11 @@ def format_result(result: dict) -> str:
     lines += [result["protocol"], "", cell_table(result["cells"])]
     for config, sums in result["sums"].items():
         if sums:
-            lines += ["", f"sums over layers measured alone, {config}: speed-up / % of floor "
-                      "(best incumbent's speed-up)", sums_table(sums)]  # fmt: skip
+            title = (
+                f"sums over layers measured alone, {config}: speed-up / % of floor (best "
+                "incumbent's speed-up) net: dequantizing first"
+            )
+            lines += ["", title, sums_table(sums)]
     for key, bound, who in (
         ("vs_published", compare.MATCH_PUBLISHED, "the published kernel"),
         ("vs_best", compare.MATCH_BEST, "the best incumbent"),

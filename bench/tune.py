@@ -1,7 +1,8 @@
 """`tune`: which configuration of the sm_90 engine is fastest for each shape and batch size.
 
-Times every candidate in the cold regime of `gemm`, the best few again more carefully, and writes
-all of it as JSON; `--write` makes the selection table of csrc/dispatch from the winners.
+Every candidate is timed briefly, those near the best again, the last few in the cold regime of
+`gemm` with their results checked. All of it is written as JSON; `--write` makes the selection table
+of csrc/dispatch from the winners.
 """
 
 import sys
@@ -16,11 +17,17 @@ from bench.pools import Pools
 from bench.report import number, table, write_result
 from marlin import host
 from marlin.testing.shapes import MODELS
-from marlin.testing.timing import Rates, floor_us, known_rates, time_graph
+from marlin.testing.timing import Rates, floor_us, known_rates, packed_bytes, time_graph
 
 # A row of the table holds up to its batch size; the first stands for decoding one token, too.
-ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096)
+ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+DENSE = "dense"  # the net, a candidate from NET_ROWS on
+NET_ROWS = 512
+NET_SLICE_BYTES = 256 << 20  # more it may not take
+NEAR_BEST = 1.2  # of the brief timings, for a second one
 FINALISTS = 3
+BRIEF_US, LONGEST_US = 200.0, 2000.0  # of a brief timing's graph
+COLD_BYTES = 150_000_000  # of weights that it reads, more than an L2 holds
 FALLBACK_RATES = Rates(3.3e12, 650e12)  # only sizes the graphs
 
 
@@ -31,45 +38,81 @@ def shapes_to_tune(gpu: str) -> list[tuple[int, int]]:
 
 
 def run_counts(shape: dict, k: int, n: int, m: int, sm_count: int) -> list[int]:
-    """Runs worth a try: stripes over all SMs, even splits of every slice, whole waves of slices."""
+    """Runs worth a try: stripes over all SMs, even splits of every slice, whole waves of slices.
+
+    Few slices: splits by one, two and four too, however many SMs they leave idle, since the CTAs of
+    a slice add up in turn.
+    """
     slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
     tiles = slices * -(-k // shape["depth"])
-    places = sm_count * shape["ctas"]
-    counts = {sm_count} | {slices * split for split in (1, 2, 3, 4, 6, 8)}
+    most = min(sm_count * shape["ctas"], tiles)
+    counts = {sm_count} | {slices * split for split in (3, 6, 8)}
     if slices > sm_count:
         counts.add(-(-slices // -(-slices // sm_count)))
-    return sorted(c for c in counts if sm_count * 0.6 <= c <= min(places, tiles)) or [
-        min(sm_count, tiles)
+    chosen = {c for c in counts if sm_count * 0.6 <= c <= most}
+    chosen |= {slices * split for split in (1, 2, 4) if slices * split <= most}
+    return sorted(chosen) or [most]
+
+
+def net_slices(k: int, n: int) -> list[int]:
+    """Slices of columns worth a try for the net, by their size: 16 to 256 MB of FP16 weights."""
+    return [
+        count
+        for count in (1, 2, 3, 4, 6, 8, 12, 16)
+        if 2 * k * n <= count * NET_SLICE_BYTES and (count == 1 or 2 * k * n >= count * 16 << 20)
     ]
 
 
 def candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
-    """Names of configurations: the lowest tile that holds m, and the two heights below it."""
+    """Names of configurations: the lowest tile that holds m, the three heights below it, and all
+    heights below where the GPU would stay half empty; for many rows the net."""
     shapes = {name: s for name, s in host.kernel_shapes().items() if s["engine"] == "sm90"}
     heights = sorted({shape["rows"] for shape in shapes.values()})
-    fitting = [h for h in heights if h >= m][:1] or heights[-1:]
-    lower = [h for h in heights if h < fitting[0]][-3:] if m > 32 else []
-    return [
+    fitting = next((h for h in heights if h >= m), heights[-1])
+    lower = [h for h in heights if h < fitting]
+    few = -(-m // fitting) * -(-n // 128) * 2 <= sm_count
+    chosen = {fitting, *(lower if few else lower[-3:])}
+    names = [
         f"{name}@{runs}"
         for name, shape in shapes.items()
-        if shape["rows"] in (*fitting, *lower)
+        if shape["rows"] in chosen
         for runs in run_counts(shape, k, n, m, sm_count)
     ]
+    return names + [f"{DENSE}@{count}" for count in net_slices(k, n) if m >= NET_ROWS]
+
+
+def choose(names: list[str], brief, careful) -> dict[str, float]:
+    """us of the finalists, best first; `brief` and `careful` time a configuration by its name.
+
+    Among them is one of the engine's own: not every problem can take the net.
+    """
+    rough = {name: brief(name) for name in names}
+    best = min(rough.values())
+    near = {name: min(us, brief(name)) for name, us in rough.items() if us <= NEAR_BEST * best}
+    finalists = sorted(near, key=near.get)[:FINALISTS]
+    if all(name.startswith(DENSE) for name in finalists):
+        engine = [name for name in names if not name.startswith(DENSE)]
+        finalists.append(min(engine, key=rough.get))
+    return dict(sorted(((name, careful(name)) for name in finalists), key=lambda item: item[1]))
 
 
 def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: list[str]) -> dict:
     """us by configuration, best first."""
+    k, n, m = cell
+    expected = floor_us(rates, m, k, n, pools.group_size)
+    launches = max(BRIEF_US / expected, COLD_BYTES / packed_bytes(k, n))
+    launches = max(2, round(min(launches, LONGEST_US / expected)))
 
-    def time(name: str, replays: int, idle: float, check: bool) -> float:
+    def brief(name: str) -> float:
         path = our_path(pools, rates, *cell, name)
-        return time_graph(*capture_path(pools, path, *cell, check), replays, idle).median_us
+        graph = capture_path(pools, path, *cell, check=False, launches=launches)
+        return time_graph(*graph, replays=2, idle_seconds=0.001, clock=False).median_us
 
-    rough = {name: time(name, 5, 0.005, False) for name in names}
-    finalists = sorted(rough, key=rough.get)[:FINALISTS]
-    return {
-        name: us
-        for us, name in sorted((time(name, 15, 0.02, True), name) for name in finalists)
-    }  # fmt: skip
+    def careful(name: str) -> float:
+        path = our_path(pools, rates, *cell, name)
+        return time_graph(*capture_path(pools, path, *cell, check=True), 15, 0.02).median_us
+
+    return choose(names, brief, careful)
 
 
 def table_text(cells: list[dict], head: dict) -> str:
@@ -77,13 +120,17 @@ def table_text(cells: list[dict], head: dict) -> str:
     lines = [
         f"// {head['device']['name']}, {head['date'][:10]}, commit {head['commit']}: written by",
         "// `python -m bench tune --write`. k, n, m up to, shape, runs; us, and the next best.",
+        "// Where the net won (dense, slices), the engine's best follows.",
     ]
     for cell in cells:
-        (best, us), *others = cell["us"].items()
-        shape, runs = best.split("@")
-        rest = "; ".join(f"{name} {other:.1f}" for name, other in others)
-        row = f'{{{cell["k"]}, {cell["n"]}, {cell["m"]}, "{shape}", {runs}}},'
-        lines.append(f"{row}  // {us:.1f}; {rest}" if rest else f"{row}  // {us:.1f}")
+        ranked = list(cell["us"].items())
+        engine = next(i for i, (name, _) in enumerate(ranked) if not name.startswith(DENSE))
+        for first in sorted({0, engine}):
+            (name, us), *others = ranked[first:]
+            shape, runs = name.split("@")
+            evidence = "; ".join([f"{us:.1f}", *(f"{name} {us:.1f}" for name, us in others)])
+            row = f'{{{cell["k"]}, {cell["n"]}, {cell["m"]}, "{shape}", {runs}}},'
+            lines.append(f"{row}  // {evidence}")
     return "\n".join(lines) + "\n"
 
 

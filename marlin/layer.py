@@ -155,6 +155,26 @@ class MarlinLinear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), of x's type."""
+        # Inference, with nothing to do around the operator. Without a device's name, a module's
+        # attributes that are not its own, like its buffers, and another call of Python: together
+        # they would take the host as long as a fifth of the operator.
+        buffers = self._buffers
+        if (
+            torch.is_grad_enabled()
+            or torch._C._is_any_autocast_enabled()
+            or x.dtype is torch.float32
+            or self.out_features % ops.TILE_COLUMNS
+            or buffers["perm"] is not None
+            or buffers["zeros"] is not None
+        ):
+            return self._forward_any(x)
+        # It may have become a parameter; only then, as a module's attribute, it is slow to reach.
+        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401
+        if bias is None:
+            return ops.mul_inference(x, buffers["B"], buffers["s"])
+        return ops.mul_inference(x, buffers["B"], buffers["s"], bias)
+
+    def _forward_any(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -163,18 +183,14 @@ class MarlinLinear(PackedModule):
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        buffers = self._buffers  # attributes of a module would take longer than all else here
-        b, s, zeros, perm = buffers["B"], buffers["s"], buffers["zeros"], buffers["perm"]
-        bias = self.bias  # may have become a parameter
+        s, perm, bias = self.s, self.perm, self.bias
         if perm is not None and x.shape[-1:] == perm.shape:  # if not, the operator says so
             x = x.index_select(-1, perm)
         extra = s.shape[1] - self.out_features
-        if not extra:
-            return ops.matmul(x, b, s, bias, None, zeros)
-        if bias is not None:
+        if bias is not None and extra:
             bias = F.pad(bias, (0, extra))
-        y = ops.matmul(x, b, s, bias, None, zeros)
-        return y[..., : self.out_features].contiguous()
+        y = ops.matmul(x, self.B, s, bias, None, self.zeros)
+        return y[..., : self.out_features].contiguous() if extra else y
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight (out_features, in_features), as `nn.Linear` holds it."""

@@ -58,6 +58,8 @@ def _load_cuda() -> str | None:
 _load("_ops")
 _why_no_cuda = _load_cuda()
 _ops = torch.ops.marlin
+_mul = _ops.mul.default
+mul_inference = _ops.mul_inference.default  # `matmul` where nothing needs a gradient
 
 
 def _refuse_cuda(name: str):
@@ -178,7 +180,7 @@ def matmul(
         config: name of a kernel configuration, for tests; the best is chosen without.
         zeros: uint8 (groups, n) in the order of ``s`` (``pack_scales`` takes them too), values 0 to
             16: a weight is (code - zero) · scale. Without, every zero is 8. On CUDA only the simple
-            kernel knows them.
+            kernel and the net know them.
         weight_type: "uint4" with zeros, "uint4b8" without; follows from them where it is not said.
 
     Returns:
@@ -187,11 +189,13 @@ def matmul(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    # A registered gradient costs a call microseconds even where none is needed.
+    # A registered gradient costs a call microseconds even where none is needed, and every argument
+    # that is passed a tenth of one.
     needs_grad = a.requires_grad or (bias is not None and bias.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
-        return _ops.mul.default(a, b, s, bias, config, zeros, weight_type)
-    return _ops.mul_inference.default(a, b, s, bias, config, zeros, weight_type)
+    operator = _mul if needs_grad and torch.is_grad_enabled() else mul_inference
+    if config is None and zeros is None and weight_type is None:
+        return operator(a, b, s) if bias is None else operator(a, b, s, bias)
+    return operator(a, b, s, bias, config, zeros, weight_type)
 
 
 def matmul_out(

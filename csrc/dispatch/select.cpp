@@ -13,6 +13,7 @@ namespace marlin {
 namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kDenseTileStrips = 256 / kTileColumns;  // of cuBLAS, at its widest
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 
 // A row holds for batches and weights up to these sizes that no row above it holds for. Its shapes are
@@ -73,6 +74,7 @@ size_t select_shape(const Problem& problem, const Device& device) {
 // Whether the engine can do it. FP16 cannot hold BF16's scales, so they do not multiply weights in it.
 bool runs_on(const KernelConfig& config, const Problem& problem, const Device& device) {
   if (config.engine == Engine::kSm80) return true;
+  if (config.engine == Engine::kDense) return dense_holds_scales(problem);
   const bool holds_scales = problem.per_column() || problem.activation == Dtype::kBF16 ||
                             problem.scale == Dtype::kF16 ||
                             kSm90Shapes[config.shape].shape.scales_sums();
@@ -134,6 +136,21 @@ int runs_by_rule(const Problem& problem, const KernelConfig& config, const Devic
   return static_cast<int>(std::min<int64_t>(whole.tiles(), ctas));
 }
 
+int dense_slices_by_rule(const Problem& problem) {
+  const int64_t strips = problem.n / kTileColumns;
+  const int64_t strip_bytes = problem.k * kTileColumns * size_bytes(problem.activation);
+  const int64_t most = std::clamp<int64_t>(kDenseSliceBytes / strip_bytes, 1, strips);
+  const int64_t whole_tiles = most / kDenseTileStrips * kDenseTileStrips;
+  return static_cast<int>(
+      ceil_div(strips, most == strips || whole_tiles == 0 ? most : whole_tiles));
+}
+
+int64_t dense_slice_strips(const Problem& problem, int slices) {
+  const int64_t strips = problem.n / kTileColumns, even = ceil_div(strips, slices);
+  if (even < kDenseTileStrips) return even;
+  return std::min(strips, ceil_div(even, kDenseTileStrips) * kDenseTileStrips);
+}
+
 KernelConfig select(const Problem& problem, const Device& device) {
   if (device.sm90_engine) {
     const KernelConfig config = select_sm90(problem, device);
@@ -165,8 +182,14 @@ std::optional<KernelConfig> parse_config(std::string_view name, const Problem& p
                                          const Device& device) {
   constexpr std::string_view kLike = "like:";
   if (name.starts_with(kLike)) return select_like(name.substr(kLike.size()), problem, device);
-  if (name == kDenseName) return KernelConfig{Engine::kDense};
   const size_t at = name.find('@');
+  if (name.substr(0, at) == kDenseName) {
+    const int slices = dense_slices_by_rule(problem);
+    if (at == std::string_view::npos) return KernelConfig{Engine::kDense, 0, slices};
+    const auto asked = parse_number(name.substr(at + 1));
+    if (!asked || *asked < 1 || *asked > problem.n / kTileColumns) return std::nullopt;
+    return KernelConfig{Engine::kDense, 0, *asked};
+  }
   const auto shape = find_shape(name.substr(0, at));
   if (!shape || !fits(*shape, device) || !runs_on(*shape, problem, device)) return std::nullopt;
   KernelConfig config = *shape;
@@ -179,8 +202,8 @@ std::optional<KernelConfig> parse_config(std::string_view name, const Problem& p
 }
 
 std::string config_name(const KernelConfig& config) {
-  if (config.engine == Engine::kDense) return std::string(kDenseName);
-  return std::string(shape_name(config)) + "@" + std::to_string(config.runs);
+  const std::string_view shape = config.engine == Engine::kDense ? kDenseName : shape_name(config);
+  return std::string(shape) + "@" + std::to_string(config.runs);
 }
 
 }  // namespace marlin

@@ -25,10 +25,21 @@ KernelConfig select_again(const Problem& problem, const Device& device);
 // 14.9 with 132).
 int runs_by_rule(const Problem& problem, const KernelConfig& config, const Device& device);
 
-// "dense"; "16x256x64x4", or "16x256x64x4@96" with the number of runs; or "like:108:166912", whatever is
+// The net takes as few slices as keep each within so many bytes of 16-bit weights, and its columns whole
+// tiles of cuBLAS where it has that many.
+inline constexpr int64_t kDenseSliceBytes = int64_t{64} << 20;
+int dense_slices_by_rule(const Problem& problem);
+int64_t dense_slice_strips(const Problem& problem, int slices);
+
+// Whether the net is exact enough: FP16 weights cannot hold what BF16 scales can.
+constexpr bool dense_holds_scales(const Problem& problem) {
+  return problem.activation != Dtype::kF16 || problem.scale == Dtype::kF16;
+}
+
+// "dense", or "dense@3" in so many slices; "16x256x64x4", or "16x256x64x4@96" with the number of runs; or "like:108:166912", whatever is
 // selected on an 8.x GPU with so many SMs and bytes of shared memory per block. Nothing if there is no
-// such shape, it does not fit the device or the problem, or the runs are not between 1 and the
-// problem's tiles.
+// such shape, it does not fit the device or the problem, or the runs (slices) are not between 1 and
+// the problem's tiles (strips).
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
                                          const Device& device);
 std::string config_name(const KernelConfig& config);  // "16x256x64x4@96"

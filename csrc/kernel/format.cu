@@ -1,5 +1,5 @@
-// Packing, unpacking, dequantizing on the device: one CTA of 128 threads a tile, which passes
-// through shared memory so that both sides of the permutation are read and written in whole rows.
+// Packing and unpacking on the device: one CTA of 128 threads a tile, which passes through shared
+// memory so that both sides of the permutation are read and written in whole rows.
 #include "format/scale_order.h"
 #include "format/weight_words.h"
 #include "kernel/launch.h"
@@ -55,27 +55,6 @@ __global__ void unpack_kernel(const uint32_t* words, int64_t n, uint8_t* codes) 
         static_cast<uint8_t>(code_at(tile_words, tile.chunk_row, tile.chunk_column + i));
 }
 
-__global__ void dequantize_kernel(const DequantizeParams params) {
-  __shared__ uint32_t tile_words[kTileWords];
-  const Tile target;  // in the strips asked for
-  Tile source;
-  source.strip += params.first_strip;
-  tile_words[threadIdx.x] = params.words[source.word(params.n)];
-  __syncthreads();
-  const int64_t group = source.row * kTileRows / (params.k / params.groups);
-  for (int i = 0; i < kChunk; ++i) {
-    const int column = source.chunk_column + i;
-    const int code = static_cast<int>(code_at(tile_words, source.chunk_row, column));
-    const int64_t place =
-        group * params.n + scale_position(source.strip * kTileColumns + column, params.groups == 1);
-    const int zero = params.zeros != nullptr ? params.zeros[place] : kCodeZero;
-    const float scale = load_element(params.scales, params.scale_dtype, place);
-    store_element(params.values, params.value_dtype,
-                  target.element(params.strips * kTileColumns) + i,
-                  static_cast<float>(code - zero) * scale);
-  }
-}
-
 __global__ void add_bias_kernel(const void* bias, Dtype bias_dtype, int64_t n, Dtype dtype,
                                 void* y) {
   const int64_t row = blockIdx.x, column = int64_t{blockIdx.y} * kTileColumns + threadIdx.x;
@@ -123,13 +102,6 @@ cudaError_t launch_reorder_scales(const void* source, int element_bytes, int64_t
                                   bool pack, void* target, cudaStream_t stream) {
   const auto reorder = element_bytes == 1 ? reorder_scales<uint8_t> : reorder_scales<uint16_t>;
   reorder(source, groups, n, pack, target, stream);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream) {
-  DequantizeParams part = params;
-  if (part.strips == 0) part.strips = part.n / kTileColumns;
-  dequantize_kernel<<<tile_grid(part.k, part.strips * kTileColumns), kThreads, 0, stream>>>(part);
   return cudaGetLastError();
 }
 

@@ -94,10 +94,10 @@ void multiply_direct(const cpu::Kernels& kernels, const MulCall& call, const Flo
   });
 }
 
-Tensor float_view(const float* data, int64_t rows, int64_t columns, int64_t pitch,
+Tensor float_view(const float* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides,
                   const Tensor& like) {
-  return torch::stable::from_blob(const_cast<float*>(data), {rows, columns}, {pitch, 1},
-                                  like.device(), ScalarType::Float);
+  return torch::stable::from_blob(const_cast<float*>(data), sizes, strides, like.device(),
+                                  ScalarType::Float);
 }
 
 // W[:, first_strip .. first_strip + strips) as `dtype` to `target`, rows `pitch` elements apart. By way
@@ -130,7 +130,7 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
   const int64_t width = slice_strips * kTileColumns;
   std::unique_ptr<float[]> w(new float[k * width]);
   std::unique_ptr<float[]> scratch(y.floats() ? nullptr : new float[m * width]);
-  const Tensor x_tensor = float_view(x.data, m, k, x.pitch, a);
+  const Tensor x_tensor = float_view(x.data, {m, k}, {x.pitch, 1}, a);
 
   for (int64_t first = 0; first < strips; first += slice_strips) {
     const int64_t columns = std::min(slice_strips, strips - first) * kTileColumns;
@@ -139,8 +139,8 @@ void multiply_by_slices(const cpu::Kernels& kernels, const Tensor& a, const MulC
     const int64_t column = first * kTileColumns;
     float* sums = scratch ? scratch.get() : y.floats() + column;
     const int64_t pitch = scratch ? columns : weight.n;
-    blas_multiply(x_tensor, float_view(w.get(), k, columns, columns, a),
-                  float_view(sums, m, columns, pitch, a));
+    blas_linear(x_tensor, float_view(w.get(), {columns, k}, {1, columns}, a), std::nullopt,
+                float_view(sums, {m, columns}, {pitch, 1}, a));
     if (!scratch && call.bias == nullptr) continue;
     parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) y.store(row, column, sums + row * pitch, columns);

@@ -1,13 +1,15 @@
-// The net for problems that no kernel was tuned for: dequantize, then multiply in 16 bits.
+// The net below the engines: dequantize, then multiply in 16 bits.
 #pragma once
 
+#include "core/config.h"
 #include "torch/checks.h"
 #include "torch/cuda_scope.h"
 
 namespace marlin::ops {
 
-// A slice of columns at a time, so that it takes no more than 64 MB (or one strip) beside the result.
+// A slice of columns at a time, config.runs slices in all: memory for one of them is all it takes
+// beside the result.
 void multiply_dense(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
-                    void* y);
+                    const KernelConfig& config, void* y);
 
 }  // namespace marlin::ops

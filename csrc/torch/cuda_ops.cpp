@@ -15,6 +15,11 @@
 namespace marlin::ops {
 namespace {
 
+constexpr std::string_view kReferenceName = "reference";
+
+// With zero points, the simple kernel up to so many rows (its CTAs take 32 of them), then the net.
+constexpr int64_t kMostSimpleRows = 32;
+
 void check_device(const char* op, int index) {
   const Device& gpu = device(index);
   if (gpu.major < 8)
@@ -67,16 +72,20 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const M
               const std::optional<std::string>& config, void* y) {
   check_device(op, scope.index());
   if (call.problem.m == 0) return;
-  const GemmParams gemm = gemm_params(call, y);
   // So far only the simple kernel and the net know zero points.
-  if (call.zeros != nullptr && config && *config != "reference" && *config != kDenseName)
+  if (call.zeros != nullptr && config && *config != kReferenceName &&
+      !config->starts_with(kDenseName))
     fail(op, "config", "nothing, 'reference' or 'dense' with zeros", "'" + *config + "'");
-  if (config ? *config == "reference" : call.zeros != nullptr) {
-    check_launch(op, launch_reference(gemm, call.problem, scope.stream()));
+  std::optional<std::string> name = config;
+  if (!name && call.zeros != nullptr)
+    name = call.problem.m > kMostSimpleRows && dense_holds_scales(call.problem) ? kDenseName
+                                                                                : kReferenceName;
+  if (name == kReferenceName) {
+    check_launch(op, launch_reference(gemm_params(call, y), call.problem, scope.stream()));
     return;
   }
-  const KernelConfig chosen = find_config(op, call.problem, device(scope.index()), config);
-  if (chosen.engine == Engine::kDense) multiply_dense(op, scope, a, call, y);
+  const KernelConfig chosen = find_config(op, call.problem, device(scope.index()), name);
+  if (chosen.engine == Engine::kDense) multiply_dense(op, scope, a, call, chosen, y);
   else run_engine(op, scope, a, call, chosen, y);
 }
 

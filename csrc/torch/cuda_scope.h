@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <optional>
+
 #include "torch/tensors.h"
 
 namespace marlin::ops {
@@ -11,7 +13,9 @@ namespace marlin::ops {
 // Makes a tensor's device current for the scope and knows the stream to launch on.
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+  explicit DeviceScope(const Tensor& tensor) : index_(tensor.get_device_index()) {
+    // Mostly it is current: a guard would cost every call something.
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != index_) guard_.emplace(index_);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
 
@@ -20,7 +24,7 @@ class DeviceScope {
 
  private:
   int index_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;
 };
 

@@ -57,10 +57,12 @@ Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   return empty_beside(like, std::span(sizes.begin(), sizes.size()), type);
 }
 
-void blas_multiply(const Tensor& x, const Tensor& w, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+void blas_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                 const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(w), from(bias), from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 

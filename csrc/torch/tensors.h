@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <span>
 #include <sstream>
 #include <string>
@@ -38,7 +39,8 @@ bool is_cuda(const Tensor& tensor);
 Tensor empty_beside(const Tensor& like, std::span<const int64_t> sizes, ScalarType type);
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
-// out = x · w by the library that Torch uses: aten::mm.
-void blas_multiply(const Tensor& x, const Tensor& w, const Tensor& out);
+// out = x · wᵀ (+ bias, of the same type) by the library that Torch uses: aten::linear.
+void blas_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                 const Tensor& out);
 
 }  // namespace marlin::ops

@@ -66,6 +66,21 @@ def test_every_cell_is_checked_and_recorded(on_cpu, group_size, dtype):
         assert r["percent_of_floor"] == pytest.approx(100 * r["floor_us"] / 2.5)
 
 
+def test_the_net_is_timed_beside_many_rows(on_cpu, monkeypatch):
+    monkeypatch.setattr(gemm, "NET_ROWS", 3)
+    # The CPU has no such configuration: its own choice stands in for it.
+    multiply = cell.ops.matmul_out
+    monkeypatch.setattr(
+        cell.ops, "matmul_out", lambda x, b, s, out, config=None: multiply(x, b, s, out)
+    )
+    times = {1: {"net_us": None, "net_speedup": None}, 3: {"net_us": 2.0, "net_speedup": 1.0}}
+    monkeypatch.setattr(cell, "time_graph", lambda graph, launches: Timing([2.0], 1700))
+    records = measure([gemm.AUTO]).records(CELLS)
+    assert len(records) == len(CELLS)
+    for r in records:
+        assert {key: r[key] for key in times[r["m"]]} == times[r["m"]]
+
+
 def test_a_wrong_result_is_not_timed(on_cpu, monkeypatch):
     right = cell.ops.matmul_out
 
@@ -123,7 +138,7 @@ def test_default_cells_are_those_of_the_anchors():
 
 def record_of(k, n, m, us=10.0, fp16_us=30.0):
     return {"k": k, "n": n, "m": m, "us": us, "fp16_us": fp16_us, "floor_us": 5.0,
-            "ideal_speedup": 3.5}  # fmt: skip
+            "ideal_speedup": 3.5, "net_us": 2 * fp16_us}  # fmt: skip
 
 
 def test_sums_add_a_models_fused_layers_and_name_the_best_rival():
@@ -134,6 +149,7 @@ def test_sums_add_a_models_fused_layers_and_name_the_best_rival():
     assert row["us"] == 40 and row["speedup"] == 3 and row["percent_of_floor"] == 50
     assert row["best_incumbent"] == "humming"  # the anchors' README: 1.93 times FP16
     assert row["best_incumbent_speedup"] == pytest.approx(1.93, abs=0.005)
+    assert row["net_speedup"] == 0.5
     assert row["ideal_speedup"] == 3.5 and 1 < row["published_speedup"] < 1.93
 
 

@@ -15,7 +15,8 @@ def made_up_result(configs=("auto",)):
     shapes = [compare.LARGE_SHAPE, *compare.fused_layers("Llama-2-7B").values(), (128, 64)]
     cells = [
         {"k": k, "n": n, "m": m, "us": 10.0, "fp16_us": 30.0, "floor_us": 8.0, "config": config,
-         "percent_of_floor": 80.0, "ideal_speedup": 3.8}
+         "percent_of_floor": 80.0, "ideal_speedup": 3.8,
+         "net_us": None}
         for config in configs for k, n in shapes for m in (1, 16, 4096)
     ]  # fmt: skip
     sums = {c: compare.model_sums(cells[: len(cells) // len(configs)], read_anchors(), 128)

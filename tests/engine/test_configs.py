@@ -81,6 +81,23 @@ def test_any_scale(config):
         assert bad[:, [9, 100]].all() and bad.sum() == 2 * 17
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float16, torch.bfloat16, torch.float32])
+def test_any_number_of_slices(dtype, bias_dtype):
+    """The net in one slice of columns, in some of unequal width, a strip each; any type of bias."""
+    m, k, n = 100, 768, 64 * 13
+    weight = random_weight(k, n, 128, device="cuda")
+    values = weight.values()
+    a = random_rows(m, k, dtype=dtype, device="cuda")
+    bias = None if bias_dtype is None else 10 * torch.randn(n, device="cuda").to(bias_dtype)
+    for slices in (1, 2, 3, 5, 12, 13):
+        y = guarded_multiply(a, weight, bias, f"dense@{slices}")
+        check_product(y, a, values, bias)
+    for name in ("dense@0", "dense@14", "dense@", "densest"):
+        with pytest.raises(RuntimeError, match="config: expected one of"):
+            ops.matmul(a, weight.b, weight.s, config=name)
+
+
 # Not the net, which holds weights in the activations' type.
 @pytest.mark.parametrize("config", list(host.kernel_shapes()))
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])

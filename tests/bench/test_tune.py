@@ -1,0 +1,85 @@
+"""The search for the fastest configurations, with made-up times."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import tune
+from marlin import host
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = [(3584, 512), (4096, 4096), (8192, 57344), (16384, 16896)]
+HEAD = {"device": {"name": "NVIDIA H200"}, "date": "2026-11-21", "commit": "abc"}
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize("m", tune.ROWS)
+def test_candidates_are_configurations_of_this_problem(k, n, m):
+    names = tune.candidates(k, n, m, 132)
+    assert len(set(names)) == len(names) <= 80
+    shapes = host.kernel_shapes()
+    for name in names:
+        shape, runs = name.split("@")
+        if shape == tune.DENSE:
+            assert m >= tune.NET_ROWS and 1 <= int(runs) <= n // 64
+            assert 2 * k * n / int(runs) <= tune.NET_SLICE_BYTES
+            continue
+        tiles = -(-n // shapes[shape]["columns"]) * -(-m // shapes[shape]["rows"])
+        tiles *= -(-k // shapes[shape]["depth"])
+        assert 1 <= int(runs) <= min(tiles, 132 * shapes[shape]["ctas"])
+    assert (m >= tune.NET_ROWS) == any(name.startswith(tune.DENSE) for name in names)
+
+
+def test_few_slices_are_tried_without_a_split():
+    """n = 512 at 192 rows: 12 tiles of 64 x 128, one CTA each, two, or four."""
+    names = tune.candidates(3584, 512, 192, 132)
+    assert {f"h64x128x128x2@{runs}" for runs in (12, 24, 48)} <= set(names)
+
+
+def test_hopeless_candidates_are_timed_once():
+    times = {"a@1": 10.0, "b@1": 11.0, "c@1": 30.0, "d@1": 10.5, "e@1": 11.5}
+    briefly, carefully = [], []
+
+    def brief(name):
+        briefly.append(name)
+        return times[name]
+
+    def careful(name):
+        carefully.append(name)
+        return times[name] + (5 if name == "a@1" else 0)
+
+    assert list(tune.choose(list(times), brief, careful)) == ["d@1", "b@1", "a@1"]
+    assert briefly.count("c@1") == 1 and briefly.count("a@1") == 2
+    assert sorted(carefully) == ["a@1", "b@1", "d@1"]
+
+
+def test_the_net_never_stands_alone():
+    times = {"dense@1": 1.0, "dense@2": 1.1, "dense@4": 1.2, "x@1": 9.0, "y@1": 8.0}
+    us = tune.choose(list(times), times.get, times.get)
+    assert list(us) == ["dense@1", "dense@2", "dense@4", "y@1"]
+    text = tune.table_text([{"k": 64, "n": 128, "m": 512, "us": us}], HEAD)
+    rows = [line for line in text.splitlines() if not line.startswith("//")]
+    assert rows == [
+        '{64, 128, 512, "dense", 1},  // 1.0; dense@2 1.1; dense@4 1.2; y@1 8.0',
+        '{64, 128, 512, "y", 1},  // 8.0',
+    ]
+
+
+def test_the_engine_needs_one_row():
+    text = tune.table_text([{"k": 64, "n": 128, "m": 8, "us": {"x@3": 2.0, "dense@1": 3.0}}], HEAD)
+    assert text.splitlines()[-1] == '{64, 128, 8, "x", 3},  // 2.0; dense@1 3.0'
+    assert all(line.startswith(("//", "{64")) for line in text.splitlines())
+
+
+def test_the_committed_table_is_what_tune_writes():
+    """Rows of shapes that exist; where the net is named, a row of the engine follows."""
+    text = (ROOT / "csrc/dispatch/sm90_table.def").read_text()
+    pattern = r'^\{(\d+), (\d+), (\d+), "(\w+)", (\d+)\},  // [\d.]+'
+    rows = re.findall(pattern, text, re.MULTILINE)
+    assert len(rows) == len([line for line in text.splitlines() if not line.startswith("//")])
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        if row[3] == tune.DENSE:
+            assert after and after[:3] == row[:3] and after[3] in host.kernel_shapes()
+        else:
+            assert row[3] in host.kernel_shapes()
