@@ -1,0 +1,7 @@
+#include "kernel/sm90_launch.cuh"
+
+namespace marlin {
+template cudaError_t launch_sm90_shape<sm90_index("h64x128x256x2")>(const LaunchParams&,
+                                                                  const CUtensorMap&, Dtype, int,
+                                                                  cudaStream_t);
+}  // namespace marlin
