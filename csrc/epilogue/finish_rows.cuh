@@ -40,7 +40,7 @@ class PairHandover {
 
   __device__ bool owner() const { return owner_; }
   __device__ int others() const { return 1; }
-  __device__ void await_others() const { ptx::mbarrier_wait(barrier_, 0); }
+  __device__ void await_others() const { ptx::mbarrier_wait_remote(barrier_, 0); }
   __device__ void count_myself() const {}
   __device__ float4 take(int, int row, int column) const { return theirs_.at(row, column); }
   __device__ void give(int row, int column, float4 sums) const {

@@ -319,6 +319,7 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(),
   if (warp / 4 == kShape.consumers()) {
     ptx::give_registers<Registers<kShape>::kFeed>();
     feed<Half, kGroups>(shared, params, x_map, warp % 4, run);
+    __syncwarp();
     if (params.pairs) ptx::cluster_wait();
   } else {
     ptx::take_registers<Registers<kShape>::kConsume>();

@@ -54,6 +54,20 @@ def test_hopeless_candidates_are_timed_once():
     assert sorted(carefully) == ["a@1", "b@1", "d@1"]
 
 
+def test_long_launches_are_timed_in_both_orders():
+    calls = []
+
+    def careful(name):
+        calls.append(name)
+        return {"dense@1": 5.0, "dense@2": 6.0, "dense@4": 7.0, "x@1": 9.0}[name] + len(calls)
+
+    names = ["x@1", "dense@1", "dense@2", "dense@4"]
+    us = tune.choose_hot(names, careful)
+    assert calls == names + names[::-1]
+    assert list(us) == ["dense@1", "dense@2", "dense@4", "x@1"]  # the engine's best stays
+    assert us["dense@1"] == 5.0 + (2 + 7) / 2
+
+
 def test_the_net_never_stands_alone():
     times = {"dense@1": 1.0, "dense@2": 1.1, "dense@4": 1.2, "x@1": 9.0, "y@1": 8.0}
     us = tune.choose(list(times), times.get, times.get)

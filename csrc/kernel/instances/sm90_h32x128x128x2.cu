@@ -1,7 +1,0 @@
-#include "kernel/sm90_launch.cuh"
-
-namespace marlin {
-template cudaError_t launch_sm90_shape<sm90_index("h32x128x128x2")>(const LaunchParams&,
-                                                                    const CUtensorMap&, Dtype, int,
-                                                                    cudaStream_t);
-}  // namespace marlin

@@ -1,7 +1,0 @@
-#include "kernel/sm90_launch.cuh"
-
-namespace marlin {
-template cudaError_t launch_sm90_shape<sm90_index("h64x192x128x3")>(const LaunchParams&,
-                                                                    const CUtensorMap&, Dtype, int,
-                                                                    cudaStream_t);
-}  // namespace marlin
