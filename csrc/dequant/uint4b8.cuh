@@ -68,7 +68,7 @@ __device__ inline ptx::FragmentA dequantize<__nv_bfloat16>(uint32_t word) {
 // A nibble by itself, read as a half, is a subnormal number: code · 2^-24, or · 2^-20 four bits higher.
 // The tensor cores' and the adders' FP16 is exact there and as fast as elsewhere, so one fused multiply-add
 // makes it (code - 8) · scale · 2^-8, rounded once. The factor 2^-8 keeps scale · 2^16 finite.
-inline constexpr int kFusedUnit = -8;   // log2
+inline constexpr int kFusedUnit = -8;    // log2
 inline constexpr int kFusedStored = 12;  // scales come as scale · 2^12
 
 template <int kCount>

@@ -43,8 +43,7 @@ struct Bundles {
 
   // store(i, four) for every i.
   template <typename Store>
-  static __device__ void give(Sums<kBatches, kCount>& sums, int64_t rows_left,
-                              const Store& store) {
+  static __device__ void give(Sums<kBatches, kCount>& sums, int64_t rows_left, const Store& store) {
 #pragma unroll
     for (int first = 0; first < kFours; first += kLength) {
       if (!exists(first, rows_left)) break;

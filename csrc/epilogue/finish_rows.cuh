@@ -31,11 +31,10 @@ class PairHandover {
         owner_(owner) {
     if (!owner || threadIdx.x != 0) return;
     const int64_t rows = params.m - origin.row, columns = params.n - origin.column;
-    ptx::mbarrier_arrive_expect(barrier_,
-                                static_cast<int>(rows < kShape.rows ? rows : kShape.rows) *
-                                    static_cast<int>(columns < kShape.columns ? columns
-                                                                              : kShape.columns) *
-                                    static_cast<int>(sizeof(float)));
+    ptx::mbarrier_arrive_expect(
+        barrier_, static_cast<int>(rows < kShape.rows ? rows : kShape.rows) *
+                      static_cast<int>(columns < kShape.columns ? columns : kShape.columns) *
+                      static_cast<int>(sizeof(float)));
   }
 
   __device__ bool owner() const { return owner_; }
@@ -67,7 +66,7 @@ __device__ void finish_rows(const Sums<kBatches>& sums, const SumsPlace& place,
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) copies[i] = &tiles[i];
   const RowFinisher<Half, kPerColumn, Rows, kCopies, kShape.team_threads()> finisher(params, origin,
-                                                                                 place.thread);
+                                                                                     place.thread);
   finisher.finish(copies, 0, handover);
   team_barrier<kShape>(0);  // the rows may be overwritten; what was given is all there
   if (place.thread == 0 && !handover.owner()) handover.count_myself();

@@ -61,8 +61,9 @@ struct Sm90Shared {
   static constexpr int kSetsBytes = (kShape.sets - 1) * kShape.rows * kShape.columns * 4;
   static constexpr int kHalfRows = kShape.rows % 32 == 0 ? 32 : 16;
   static constexpr int kHalvesBytes = kShape.teams() * kHalfRows * (kTeamColumns + 8) * 2;
-  static constexpr int kFinishedBytes =
-      !kShape.wgmma ? kRowsBytes : kSetsBytes > kHalvesBytes ? kSetsBytes : kHalvesBytes;
+  static constexpr int kFinishedBytes = !kShape.wgmma               ? kRowsBytes
+                                        : kSetsBytes > kHalvesBytes ? kSetsBytes
+                                                                    : kHalvesBytes;
 
   Chunk activations[kShape.stages][kPanels][kShape.rows][kSwizzleChunks];  // aligned to 1024 bytes
   Chunk words[kShape.stages][kTiles][kStrips][32];
@@ -71,7 +72,7 @@ struct Sm90Shared {
   uint64_t full[kShape.stages];  // mbarriers
   uint64_t empty[kShape.stages];
   uint64_t scales_full[kShape.stages];
-  uint64_t partner[kShape.teams()];  // what the other CTA of a pair has to say
+  uint64_t partner[kShape.teams()];      // what the other CTA of a pair has to say
   ScaleForm scale_forms[kShape.stages];  // of scales that multiply weights
 };
 

@@ -197,7 +197,8 @@ class WgmmaConsumer {
   }
 
   template <typename Scales>
-  __device__ void multiply_tile(const Words<kCount>& words, const Scales& scales, uint64_t columns) {
+  __device__ void multiply_tile(const Words<kCount>& words, const Scales& scales,
+                                uint64_t columns) {
 #pragma unroll
     for (int block = 0; block < kCount; ++block) {
       ptx::wgmma_wait<kPending - 1>();
@@ -246,9 +247,9 @@ __device__ void finish_slice(Sums<kBatches, kCount>& sums, const SumsPlace& plac
   if constexpr (kShape.wgmma) {
     const int64_t rows_left = gemm.m - origin.row;
     if (!add_sets<kShape>(sums, place, rows_left, shared)) return;
-    const bool mine =
-        params.pairs ? add_partner<kShape>(sums, place, rows_left, shared, sharing.owner())
-                     : add_others<kShape>(sums, place, rows_left, handover);
+    const bool mine = params.pairs
+                          ? add_partner<kShape>(sums, place, rows_left, shared, sharing.owner())
+                          : add_others<kShape>(sums, place, rows_left, handover);
     if (mine)
       store_halves<Half, kPerColumn, kShape>(
           sums, reinterpret_cast<HalfRows<kShape>*>(shared.finished)[place.team], gemm, origin,

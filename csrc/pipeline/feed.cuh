@@ -71,7 +71,8 @@ __device__ void feed_scales(Sm90Shared<kShape>& shared, const LaunchParams& para
     const int bytes = static_cast<int>(strips_left < kStrips ? strips_left : kStrips) * 128;
     const int64_t group = int64_t{tile} * kShape.depth / Groups::kGroupRows;
     const int64_t groups_left = gemm.k / Groups::kGroupRows - group;
-    const int groups = static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
+    const int groups =
+        static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
     for (int i = 0; i < Groups::kCount; ++i)
       for (int chunk = i < groups ? bytes / 16 : 0; chunk < 8 * kStrips; ++chunk)
         (&shared.scales[slot][i][0][0])[chunk] = Chunk{};

@@ -92,8 +92,8 @@ class ScalePreparer {
     const int least = found.least < 0x400 ? -24 : static_cast<int>(found.least >> 10) - 15;
     const int greatest = static_cast<int>(found.greatest >> 10) - 15;
     if (greatest - least >= kTop - kLeast) return false;
-    const bool stays = greatest + shift_ <= kTop && greatest + shift_ >= kLow &&
-                       least + shift_ >= kLeast;
+    const bool stays =
+        greatest + shift_ <= kTop && greatest + shift_ >= kLow && least + shift_ >= kLeast;
     if (!stays) set_shift(kTop - 1 - greatest);
     return true;
   }

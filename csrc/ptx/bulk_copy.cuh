@@ -23,11 +23,6 @@ __device__ inline void bulk_copy(void* shared, const void* global, int bytes, Mb
       : "memory");
 }
 
-// Fetches `bytes`, a multiple of 16, into L2.
-__device__ inline void bulk_prefetch(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Copies a box of a matrix that a tensor map describes; what lies outside the matrix becomes zero.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
 __device__ inline void tensor_copy(void* shared, const CUtensorMap* map, int column, int row,

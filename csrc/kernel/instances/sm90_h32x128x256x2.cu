@@ -2,6 +2,6 @@
 
 namespace marlin {
 template cudaError_t launch_sm90_shape<sm90_index("h32x128x256x2")>(const LaunchParams&,
-                                                                  const CUtensorMap&, Dtype, int,
-                                                                  cudaStream_t);
+                                                                    const CUtensorMap&, Dtype, int,
+                                                                    cudaStream_t);
 }  // namespace marlin
