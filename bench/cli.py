@@ -132,6 +132,9 @@ def add_quality(commands) -> None:
                         "and all-MiniLM-L6-v2 if their packages are installed)")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="SECONDS",
                         help="start no row after so long; the most telling come first")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="processes that share the GPU, each with a copy of the models; one "
+                        "alone leaves most of a large GPU idle")  # fmt: skip
     parser.set_defaults(module="quality")
 
 

@@ -113,8 +113,12 @@ def _losses(weight: Tensor, solutions: list[solver.Solution], hessian: Tensor) -
     energy = ((hessian @ weight) * weight).sum().clamp(min=torch.finfo(hessian.dtype).tiny)
     losses = []
     for solution in solutions:
-        error = weight - solution.dequantize()
-        losses.append((((hessian @ error) * error).sum() / energy).item())
+        if solution.lost is not None:
+            lost = solution.lost.sum()
+        else:
+            error = weight - solution.dequantize()
+            lost = ((hessian @ error) * error).sum()
+        losses.append((lost / energy).item())
     return losses
 
 
