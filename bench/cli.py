@@ -1,4 +1,4 @@
-"""The command line: `python -m bench SUBCOMMAND`."""
+"""Measure Marlin on this machine: `marlin bench SUBCOMMAND`, or `python -m bench SUBCOMMAND`."""
 
 import argparse
 from pathlib import Path
@@ -157,7 +157,11 @@ def add_plot(commands) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="marlin bench",
+        description="Measure speed and quality on this machine. Results go to bench/results.",
+        epilog="example: marlin bench gemm --quick; `marlin bench SUBCOMMAND --help` says more",
+    )
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for add in (
         add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_quality,

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import inspect
 import json
+import os
 import resource
 import sys
 import time
@@ -36,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (2 for input that cannot be used)."""
     args = build_parser().parse_args(argv)
     try:
+        check_device(args.device)
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"marlin: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -52,11 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_quantize(commands)
     evaluation = commands.add_parser(
-        "eval", help="negative log-likelihood and perplexity", description=run_eval.__doc__
+        "eval",
+        help="negative log-likelihood and perplexity",
+        description=run_eval.__doc__,
+        epilog="example: marlin eval llama-4bit --text pydoc",
     )
     evaluation.set_defaults(run=run_eval)
     evaluation.add_argument(
-        "model", metavar="DIR_OR_MODEL", help="a Marlin checkpoint, " + MODEL_HELP
+        "model", metavar="MODEL", help="a 4-bit checkpoint or a model: " + MODEL_HELP
     )
     evaluation.add_argument(
         "--text",
@@ -83,11 +88,13 @@ def add_quantize(commands) -> None:
         "quantize",
         help="write a Marlin checkpoint of a model",
         description=run_quantize.__doc__,
-        epilog="Example: marlin quantize meta-llama/Llama-3.1-8B --out llama-4bit",
+        epilog="example: marlin quantize meta-llama/Llama-3.1-8B --out llama-4bit",
     )
     parser.set_defaults(run=run_quantize)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--out", required=True, type=Path, help="directory of the checkpoint")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="where the checkpoint is to be"
+    )
     add_device(parser)
 
     what = parser.add_argument_group("what to quantize, and how")
@@ -198,6 +205,20 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that is none, or not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        here = f"{count} CUDA devices" if count else "no CUDA device"
+        raise ValueError(f"--device: {name}, but torch sees {here}; `marlin info` says more")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -212,6 +233,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     after an interruption."""
     if args.out.exists() and args.out.resolve() == Path(args.model).resolve():
         raise ValueError(f"--out: expected another directory than the model's, got {args.out}")
+    check_writable(args.out)
     config = export.load_config(args.model)
     skeleton = export.skeleton(args.model, config)
     plan = make_plan(skeleton, args.group_size, args.skip)
@@ -276,6 +298,13 @@ def run_quantize(args: argparse.Namespace) -> None:
     export.save_report(args.out, outcome, report.markdown(outcome))
     store.remove()
     print_outcome(outcome, args.out)
+
+
+def check_writable(out: Path) -> None:
+    """Raises ValueError where no directory can be made; leaves nothing behind."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out: expected a directory that can be written, got {out}")
 
 
 def draw_samples(args: argparse.Namespace, tokenizer, plan: Plan, config) -> list[torch.Tensor]:

@@ -132,7 +132,8 @@ def gptq(
     which is least with "trial" and sweeps: what the calibration text lets later inputs make up for
     holds less on other text. The README has the numbers.
     Inputs that never saw data (zero rows of H) are simply rounded.
-    Raises ValueError on shapes that do not fit and on values that are NaN or infinite.
+    Raises ValueError on shapes that do not fit, options that are none, and on values that are NaN
+    or infinite.
     """
     weight, group = _checked(weight, group_size)
     k = len(weight)
@@ -140,6 +141,10 @@ def gptq(
         raise ValueError(f"hessian: expected ({k}, {k}), got {tuple(hessian.shape)}")
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    if not 0 <= damping <= MAX_DAMPING:
+        raise ValueError(f"damping: expected 0 to {MAX_DAMPING:g}, got {damping}")
+    if sweeps < 0:
+        raise ValueError(f"sweeps: expected 0 or more, got {sweeps}")
     hessian = hessian.to(weight.dtype)
     switches = {"clip": clip, "full_range": full_range, "order": order, "refit": refit,
                 "sweeps": sweeps}  # fmt: skip

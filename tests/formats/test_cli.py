@@ -119,10 +119,31 @@ def marlin(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("command, expected", [("eval", "perplexity"), ("bench", "gemm")])
-def test_commands_that_lie_elsewhere(command, expected, tmp_path):
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("info", "why the rest is missing"),
+        ("convert", "--format marlin"),
+        ("quantize", "--calibration FILE_OR_DATASET"),
+        ("eval", "perplexity"),
+        ("bench", "gemm"),
+    ],
+)
+def test_help_speaks_of_the_command_that_was_typed(command, expected, tmp_path):
     result = marlin(command, "--help", cwd=tmp_path)
     assert result.returncode == 0 and expected in result.stdout
+    assert result.stdout.startswith(f"usage: marlin {command} ")
+    assert "python -m" not in result.stdout
+    if command != "info":
+        assert f"example: marlin {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "convert"])
+def test_errors_speak_of_the_command_that_was_typed(command, tmp_path):
+    result = marlin(command, cwd=tmp_path)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 2
+    assert last.startswith(f"marlin {command}: error: the following arguments are required")
 
 
 def test_help_names_every_command():
