@@ -17,5 +17,6 @@ report       how it went
 phases       where the seconds went
 export       models in, Marlin checkpoints out
 evaluate     negative log-likelihood and perplexity
+options      the options of the commands
 cli          the commands
 """

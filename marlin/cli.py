@@ -114,7 +114,7 @@ def add_convert(commands) -> None:
         type=positive,
         default=1.0,
         metavar="GB",
-        help="how much a file holds; twice that is about the memory needed (default: 1)",
+        help="how much a file holds; two to three times that is the memory needed (default: 1)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that DST has"

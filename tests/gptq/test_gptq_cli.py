@@ -79,6 +79,9 @@ def test_reports_every_module(work):
     for module in report["modules"]:
         assert 0 < module["loss"] < module["rtn_loss"]
         assert module["tokens"] == report["tokens"]
+        assert module["damping"] >= 0.01 and module["seconds"] > 0 and module["note"] is None
+        assert module["peak_bytes"] is None  # of GPU memory; the run's own peak is beside it
+    assert report["peak_host_bytes"] > 0
     assert report["full_precision"]["lm_head"] == "outside the decoder layers"
 
 
@@ -94,6 +97,7 @@ def test_reports_for_people_too(work):
     assert set(report["phases"]) == phases
     page = (work / "gptq" / "gptq_report.md").read_text()
     assert f"- Calibration: 6 samples, {report['tokens']} tokens of" in page
+    assert "| method | loss | rounding's | damping | tokens | seconds | peak | note |" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| model.")]
     assert len(rows) == 21
     assert [float(row[3]) for row in rows] == pytest.approx(
