@@ -47,6 +47,7 @@ def add_info(commands) -> None:
         help="what runs on this machine, or what a checkpoint holds",
         description="Without DIR: what is installed, which GPUs and kernels this machine has, and "
         "why the rest is missing. With DIR: a checkpoint's format, layers, group sizes and size.",
+        epilog="example: marlin info llama-4bit",
     )
     parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="of a checkpoint")
     parser.add_argument("--json", action="store_true", help="for machines")
