@@ -16,7 +16,8 @@ ROWS = {  # of the run, by name: what the README calls them
     "RTN": "rounded to nearest",
     "published": "GPTQ as published",
     "plain clip": "GPTQ with searched scales",
-    "default": "**all four, the default**",
+    "+ refit": "all four",
+    "default": "**the default**: all four, guarded",
     "metric trial": "default, but `--metric trial`",
     "one sweep": "default, but `--sweeps 1`",
 }

@@ -16,7 +16,7 @@ SOLVER_HELP = {
     "order": "round inputs that matter most first; the checkpoint is no different for it",
     "refit": "fit the scales to the codes once these are known",
     "sweeps": "times that codes are looked at again once all of them are known",
-    "guard": "outputs that would lose less by the published algorithm get what that finds",
+    "guard": "layers that would lose less by the published algorithm get what that finds",
     "metric": "by what loss a scale is chosen",
     "damping": "of the second moments, relative to their mean diagonal",
 }

@@ -94,7 +94,8 @@ def _solve(
             solution = solver.rtn(side_by_side, group_size, clip=True)
             whole = Attempt(solution, CLIPPED_RTN, note=reason)
         else:
-            whole = _escalate(side_by_side, hessian, group_size, options)
+            widths = [weight.shape[1] for weight in together]
+            whole = _escalate(side_by_side, hessian, group_size, {**options, "widths": widths})
         del side_by_side
         start = 0
         for weight in together:

@@ -12,6 +12,7 @@ The updates of inputs beyond the current block are put off to one matrix product
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from .phases import phase
 BLOCK = 128  # inputs per lazy update; every group size in use divides it
 DAMPING = 0.01  # of the mean of H's diagonal
 MAX_DAMPING = 1.0  # beyond, what the data say drowns; time for other means
+GUARD_OUTPUTS, GUARD_MARGIN = 256, 0.95  # at least so many of a layer's; what is clearly less
 INVERTED_AT_ONCE = 512  # rows of a triangular matrix
 METRICS = ("block", "conditional", "diagonal", "trial")
 # The options under which ``gptq`` is the published algorithm.
@@ -108,6 +110,7 @@ def gptq(
     guard: bool = True,
     damping: float = DAMPING,
     block: int = BLOCK,
+    widths: Sequence[int] | None = None,
 ) -> Solution:
     """Round ``weight`` (k, n) so that its outputs change least under ``hessian`` (k, k).
 
@@ -125,8 +128,9 @@ def gptq(
     (in groups longer than ``block``, which are searched before they are rounded, "block" and
     "conditional" take blocks on the diagonal, "trial" is "diagonal").
     order: round inputs that matter most first (``group_order``). refit, sweeps: ``sweeps`` times
-    fit scales to codes, then codes to scales, and scales once more (``refine``). guard: an output
-    that would lose less by the published algorithm gets what that finds.
+    fit scales to codes, then codes to scales, and scales once more (``refine``). guard: a layer
+    that would lose less by the published algorithm gets what that finds. widths: how many outputs
+    each layer has, of layers laid side by side; by default there is one.
 
     What is on by default was chosen by how well language models predict, not by the layers' loss,
     which is least with "trial" and sweeps: what the calibration text lets later inputs make up for
@@ -152,8 +156,12 @@ def gptq(
     found = _gptq(weight, hessian, group, **switches, **shared)
     if not guard or not any(switches.values()):
         return found
-    published = _gptq(weight, hessian, group, **dict.fromkeys(switches, False), **shared)
-    return _better(weight, hessian, found, published)
+    plain = {**dict.fromkeys(switches, False), **shared}
+
+    def published(outputs: Tensor) -> Solution:
+        return _gptq(weight[:, outputs], hessian, group, **plain)
+
+    return _guarded(weight, hessian, found, widths or [weight.shape[1]], published)
 
 
 def _gptq(
@@ -201,23 +209,46 @@ def _gptq(
     return Solution(codes.to(torch.uint8), scales.half(), damping, lost)
 
 
-def _better(weight: Tensor, hessian: Tensor, found: Solution, other: Solution) -> Solution:
-    """``found``, but ``other`` for the outputs that lose less with it."""
+def _guarded(
+    weight: Tensor,
+    hessian: Tensor,
+    found: Solution,
+    widths: Sequence[int],
+    published: Callable[[Tensor], Solution],
+) -> Solution:
+    """``found``, but ``published(outputs)`` for layers that lose less with it.
 
-    def losses(solution: Solution) -> Tensor:
+    By layers, not by outputs: whichever of two solutions loses less in calibration, output by
+    output, predicts worse (README). A large layer is solved a second time only if a part of its
+    outputs does not say already that it loses clearly less than as published.
+    """
+
+    def losses(solution: Solution, outputs: Tensor) -> Tensor:
         if solution.lost is not None:
             return solution.lost
         scales = solution.scales.to(weight.dtype)
-        return refine.losses(weight, solution.codes, scales, hessian, shift=0.0)
+        return refine.losses(weight[:, outputs], solution.codes, scales, hessian, shift=0.0)
 
-    before, after = losses(other), losses(found)
-    better = before < after
-    return Solution(
-        torch.where(better, other.codes, found.codes),
-        torch.where(better, other.scales, found.scales),
-        max(found.damping, other.damping),
-        torch.where(better, before, after),
-    )
+    outputs = torch.arange(weight.shape[1], device=weight.device)
+    codes, scales, damping = found.codes, found.scales, found.damping
+    lost = losses(found, outputs)
+    layers = outputs.split(list(widths))
+    parts = [layer[:: max(1, len(layer) // GUARD_OUTPUTS)] for layer in layers]
+    looks = published(torch.cat(parts))
+    start = 0
+    for layer, part in zip(layers, parts, strict=True):
+        other = looks.outputs(start, start + len(part))
+        start += len(part)
+        less = losses(other, part)
+        if lost[part].sum() < GUARD_MARGIN * less.sum():
+            continue
+        if len(part) < len(layer):
+            other = published(layer)
+            less = losses(other, layer)
+        if less.sum() < lost[layer].sum():
+            codes[:, layer], scales[:, layer], lost[layer] = other.codes, other.scales, less
+            damping = max(damping, other.damping)
+    return Solution(codes, scales, damping, lost)
 
 
 def _round(
