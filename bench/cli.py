@@ -1,4 +1,4 @@
-"""The command line: `python -m bench SUBCOMMAND`."""
+"""Measure Marlin on this machine: `marlin bench SUBCOMMAND`, or `python -m bench SUBCOMMAND`."""
 
 import argparse
 from pathlib import Path
@@ -132,6 +132,9 @@ def add_quality(commands) -> None:
                         "and all-MiniLM-L6-v2 if their packages are installed)")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="SECONDS",
                         help="start no row after so long; the most telling come first")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="processes that share the GPU, each with a copy of the models; one "
+                        "alone leaves most of a large GPU idle")  # fmt: skip
     parser.set_defaults(module="quality")
 
 
@@ -154,7 +157,11 @@ def add_plot(commands) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="marlin bench",
+        description="Measure speed and quality on this machine. Results go to bench/results.",
+        epilog="example: marlin bench gemm --quick; `marlin bench SUBCOMMAND --help` says more",
+    )
     commands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     for add in (
         add_gemm, add_layer, add_cpu, add_pack, add_convert, add_call, add_quantize, add_quality,

@@ -1,12 +1,14 @@
 """`convert`: seconds and memory of `marlin convert` for a checkpoint with a model's shapes.
 
 A GPTQ checkpoint with random codes is written first, so its files are in the page cache: what is
-measured is the work and the writing. Each conversion has a process of its own; one layer of each
-result is compared with the source.
+measured is the work and the writing. Each conversion has a process of its own and starts when the
+disk has nothing left to write of what came before, which would slow it down; one layer of each
+result is compared with the source. Load is what else wanted the cores in the minute before.
 """
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import tempfile
@@ -73,6 +75,8 @@ def peak_memory(stop: threading.Event, peaks: dict[str, int]) -> None:
 def measure(source: Path, target: Path, format: str, device: str, results) -> None:
     if device == "cuda":
         torch.zeros(1, device=device)  # CUDA's start is not what is asked
+    os.sync()
+    load = os.getloadavg()[0]
     stop, peaks = threading.Event(), {}
     watch = threading.Thread(target=peak_memory, args=(stop, peaks))
     watch.start()
@@ -85,6 +89,7 @@ def measure(source: Path, target: Path, format: str, device: str, results) -> No
         {
             "seconds": report.seconds,
             "cpu_seconds": cpu,
+            "load": load,
             "bytes_read": report.bytes_read,
             "bytes_written": report.bytes_written,
             "peak_own_bytes": peaks["RssAnon"],
@@ -140,12 +145,13 @@ def show(measured: dict[str, dict], device: str, blocks: int, args) -> None:
             number(values["bytes_read"] / 1e9),
             number(values["seconds"], 1),
             number(values["cpu_seconds"], 1),
+            number(values["load"], 1),
             number(values["peak_own_bytes"] / 1e9),
             number(values["peak_mapped_bytes"] / 1e9),
         ]
         for target, values in measured.items()
     ]
     print(f"{head['device']['name']}, commit {head['commit']}; {blocks} blocks of Llama-2-7B")
-    print(table(["", "GB", "s", "CPU s", "own GB", "mapped GB"], rows, left=1))
+    print(table(["", "GB", "s", "CPU s", "load", "own GB", "mapped GB"], rows, left=1))
     name = "convert" + ("-quick" if args.quick else "")
     print(f"written to {write_result(result, name, args.out)}\n")

@@ -72,9 +72,9 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
     for name, options in TOGETHER.items():
         stacked |= options
         steps[name] = dict(stacked)
-    rows += gptq_rows(steps, main, 0, tokens)
     for seed in SEEDS[1:]:
         rows += gptq_rows(anchors, main, seed, tokens)
+    rows += gptq_rows(steps, main, 0, tokens)
     rows += gptq_rows(INSTEAD, main, 0, tokens)
     for amount in growth[:1]:
         rows += gptq_rows(short, main, 0, amount)

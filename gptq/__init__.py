@@ -1,4 +1,4 @@
-"""GPTQ for Marlin: quantize Hugging Face models to 4 bits (``python -m gptq --help``).
+"""GPTQ for Marlin: quantize Hugging Face models to 4 bits (``marlin quantize --help``).
 
 hessian      second moments of a layer's inputs          (tensors only)
 grid         the 4-bit grid and the search for scales    (tensors only)
@@ -17,5 +17,6 @@ report       how it went
 phases       where the seconds went
 export       models in, Marlin checkpoints out
 evaluate     negative log-likelihood and perplexity
+options      the options of the commands
 cli          the commands
 """

@@ -137,7 +137,10 @@ def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _read_file(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
     if path.suffix != ".jsonl":
         return [text]
     documents = []

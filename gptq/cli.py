@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import inspect
 import json
+import os
 import resource
 import sys
 import time
@@ -13,32 +13,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import calibration, evaluate, export, report, run, solver, walk
+from . import calibration, evaluate, export, report, run, walk
+from .options import DTYPES, add_eval, add_quantize, check_device, solver_options
 from .phases import Phases, phase
-from .plan import GROUP_SIZES, PER_COLUMN, Plan, make_plan
+from .plan import PER_COLUMN, Plan, make_plan
 from .resume import Store
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SOLVER_HELP = {
-    "clip": "search each group's scale; without, its largest weight decides",
-    "full_range": "try scales of either sign, so that the largest weight may use code -8",
-    "order": "round inputs that matter most first; the checkpoint is no different for it",
-    "refit": "fit the scales to the codes once these are known",
-    "sweeps": "times that codes are looked at again once all of them are known",
-    "guard": "outputs that would lose less by the published algorithm get what that finds",
-    "metric": "by what loss a scale is chosen",
-    "damping": "of the second moments, relative to their mean diagonal",
-}
-MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (2 for input that cannot be used)."""
     args = build_parser().parse_args(argv)
     try:
+        check_device(args.device)
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"marlin: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -49,160 +38,23 @@ def build_parser() -> argparse.ArgumentParser:
         description="Quantize language models to 4 bits for Marlin, and measure what it costs.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    add_quantize(commands)
-    evaluation = commands.add_parser(
-        "eval", help="negative log-likelihood and perplexity", description=run_eval.__doc__
-    )
-    evaluation.set_defaults(run=run_eval)
-    evaluation.add_argument(
-        "model", metavar="DIR_OR_MODEL", help="a Marlin checkpoint, " + MODEL_HELP
-    )
-    evaluation.add_argument(
-        "--text",
-        required=True,
-        help="a text file, a .jsonl file with a field 'text', or 'pydoc': topics of Python's "
-        "reference that its calibration text leaves out",
-    )
-    evaluation.add_argument(
-        "--seqlen", type=positive, default=512, help="tokens per window (default: 512)"
-    )
-    evaluation.add_argument("--max-tokens", type=positive, help="stop after about so many tokens")
-    evaluation.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="to compute in (default: float32 on the CPU, else as stored)",
-    )
-    evaluation.add_argument("--json", action="store_true", help="print one JSON object")
-    add_device(evaluation)
-    return parser
-
-
-def add_quantize(commands) -> None:
-    parser = commands.add_parser(
+    quantize = commands.add_parser(
         "quantize",
         help="write a Marlin checkpoint of a model",
         description=run_quantize.__doc__,
-        epilog="Example: marlin quantize meta-llama/Llama-3.1-8B --out llama-4bit",
+        epilog="example: marlin quantize meta-llama/Llama-3.1-8B --out llama-4bit",
     )
-    parser.set_defaults(run=run_quantize)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--out", required=True, type=Path, help="directory of the checkpoint")
-    add_device(parser)
-
-    what = parser.add_argument_group("what to quantize, and how")
-    what.add_argument(
-        "--group-size",
-        type=int,
-        default=128,
-        choices=sorted((PER_COLUMN, *GROUP_SIZES)),
-        help="inputs that share a scale: fewer are more exact and take more memory; "
-        "-1: one scale per output (default: 128)",
+    quantize.set_defaults(run=run_quantize)
+    add_quantize(quantize)
+    evaluation = commands.add_parser(
+        "eval",
+        help="negative log-likelihood and perplexity",
+        description=run_eval.__doc__,
+        epilog="example: marlin eval llama-4bit --text pydoc",
     )
-    what.add_argument("--bits", type=int, default=4, choices=[4], help="bits per weight")
-    what.add_argument(
-        "--method",
-        default="gptq",
-        choices=["gptq", "rtn"],
-        help="gptq fits the rounding to calibration text; rtn rounds to nearest, which is quick, "
-        "needs no text and loses more (default: gptq)",
-    )
-    what.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave layers whose dotted name matches (like '*.down_proj') in full precision; "
-        "may be repeated",
-    )
-    what.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of what stays unpacked (default: as stored if 16-bit, else float16)",
-    )
-
-    text = parser.add_argument_group("calibration text, of which more and closer to use is better")
-    text.add_argument(
-        "--calibration",
-        default=calibration.BUILTIN,
-        metavar="FILE_OR_DATASET",
-        help="a text file, a .jsonl file with a field 'text', a dataset NAME[:CONFIG][:SPLIT] for "
-        "the datasets package, or 'pydoc': Python's own reference (default)",
-    )
-    text.add_argument(
-        "--tokens",
-        type=positive,
-        help=f"to calibrate with (default: {calibration.TOKENS_PER_INPUT} per input of the widest "
-        f"layer, at most {calibration.MOST_TOKENS}; fewer if the text has no more)",
-    )
-    text.add_argument("--nsamples", type=positive, help="no more samples than this")
-    text.add_argument(
-        "--seqlen",
-        type=positive,
-        default=2048,
-        help="longest sample, in tokens; documents keep their own ends (default: 2048)",
-    )
-    text.add_argument("--seed", type=int, default=0, help="which samples are drawn (default: 0)")
-
-    add_solver_options(parser.add_argument_group("the solver, whose defaults are the best known"))
-
-    trouble = parser.add_argument_group("when something goes wrong")
-    again = trouble.add_mutually_exclusive_group()
-    again.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on after the last layer that an interrupted run with the same settings finished",
-    )
-    again.add_argument(
-        "--restart", action="store_true", help="throw away what an interrupted run finished"
-    )
-    trouble.add_argument(
-        "--skip-bad-samples",
-        action="store_true",
-        help="leave out samples that make activations NaN or infinite instead of stopping",
-    )
-
-
-def solver_options() -> dict[str, inspect.Parameter]:
-    """The switches of ``solver.gptq``, by name, that the command line offers."""
-    parameters = inspect.signature(solver.gptq).parameters
-    return {name: parameters[name] for name in SOLVER_HELP}
-
-
-def add_solver_options(group) -> None:
-    for name, parameter in solver_options().items():
-        default = parameter.default
-        option = name.replace("_", "-")
-        if isinstance(default, bool):
-            group.add_argument(
-                f"--{option}",
-                action=argparse.BooleanOptionalAction,
-                default=default,
-                help=SOLVER_HELP[name],
-            )
-        else:
-            group.add_argument(
-                f"--{option}",
-                type=type(default),
-                default=default,
-                choices=solver.METRICS if name == "metric" else None,
-                help=f"{SOLVER_HELP[name]} (default: %(default)s)",
-            )
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: %(default)s)",
-    )
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+    evaluation.set_defaults(run=run_eval)
+    add_eval(evaluation)
+    return parser
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -212,6 +64,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     after an interruption."""
     if args.out.exists() and args.out.resolve() == Path(args.model).resolve():
         raise ValueError(f"--out: expected another directory than the model's, got {args.out}")
+    check_writable(args.out)
     config = export.load_config(args.model)
     skeleton = export.skeleton(args.model, config)
     plan = make_plan(skeleton, args.group_size, args.skip)
@@ -276,6 +129,13 @@ def run_quantize(args: argparse.Namespace) -> None:
     export.save_report(args.out, outcome, report.markdown(outcome))
     store.remove()
     print_outcome(outcome, args.out)
+
+
+def check_writable(out: Path) -> None:
+    """Raises ValueError where no directory can be made; leaves nothing behind."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out: expected a directory that can be written, got {out}")
 
 
 def draw_samples(args: argparse.Namespace, tokenizer, plan: Plan, config) -> list[torch.Tensor]:

@@ -68,6 +68,13 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     return (codes.to(scale.dtype) - ZERO) * scale
 
 
+def rounding_errors(weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight - decode(encode(weight, scale), scale)`` in as few passes as there can be."""
+    divisor = torch.where(scale == 0, torch.inf, scale)
+    levels = (weight / divisor).round_().clamp_(-ZERO, LEVELS - 1 - ZERO)
+    return torch.addcmul(weight, levels, scale, value=-1, out=levels)
+
+
 def cheapest(scales: Tensor, losses: Tensor) -> Tensor:
     """Of ``scales`` (candidates, ..., n) those of least loss, (..., n); the first of equals."""
     return scales.gather(0, losses.argmin(dim=0, keepdim=True)).squeeze(0)
@@ -91,7 +98,7 @@ def rounding_losses(group: Tensor, scales: Tensor, metric: Tensor) -> Tensor:
     at_once = max(1, ERRORS_AT_ONCE[group.device.type] // group.numel())
     losses = []
     for some in scales.split(at_once):
-        error = group - decode(encode(group, some[:, None]), some[:, None])
+        error = rounding_errors(group, some[:, None])
         if metric.dim() == 1:
             losses.append(torch.matmul(metric, error.square_()))
         else:

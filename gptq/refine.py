@@ -18,25 +18,27 @@ RIDGE = 1e-5
 
 def refit_scales(
     weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """For given codes the scales of least loss, per output: a linear system over its groups.
 
     weight, codes: (k, n). scales: (groups, n). damped: (k, k), H with ``shift`` added on its
     diagonal, which the system is made with. The verdict is undamped: an output gets its new scales
-    only if they, rounded to FP16, lose less under H. Returns (groups, n), values that FP16 holds.
+    only if they, rounded to FP16, lose less under H. Returns (groups, n), values that FP16 holds,
+    and (n,) the ``losses`` that they have.
     """
     groups, n = scales.shape
     width = max(1, SYSTEM_NUMBERS // groups**2)
-    return torch.cat(
-        [
-            _refit(*(t[:, start : start + width] for t in (weight, codes, scales)), damped, shift)
-            for start in range(0, n, width)
-        ],
-        dim=1,
-    )
+    found = [
+        _refit(*(t[:, start : start + width] for t in (weight, codes, scales)), damped, shift)
+        for start in range(0, n, width)
+    ]
+    fitted, lost = zip(*found, strict=True)
+    return torch.cat(fitted, dim=1), torch.cat(lost)
 
 
-def _refit(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:
+def _refit(
+    weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float
+) -> tuple[Tensor, Tensor]:
     groups, n = scales.shape
     levels = (codes - grid.ZERO).view(groups, -1, n)
     group = levels.shape[1]
@@ -55,7 +57,7 @@ def _refit(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift:
     usable = torch.isfinite(fitted) & ~empty & (failed == 0)[:, None]
     fitted = grid.round_scale(torch.where(usable, fitted, scales.T).T)
     before, after = (losses(weight, codes, s, damped, shift) for s in (scales, fitted))
-    return torch.where(after < before, fitted, scales)
+    return torch.where(after < before, fitted, scales), torch.where(after < before, after, before)
 
 
 def losses(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:

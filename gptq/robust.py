@@ -94,7 +94,8 @@ def _solve(
             solution = solver.rtn(side_by_side, group_size, clip=True)
             whole = Attempt(solution, CLIPPED_RTN, note=reason)
         else:
-            whole = _escalate(side_by_side, hessian, group_size, options)
+            widths = [weight.shape[1] for weight in together]
+            whole = _escalate(side_by_side, hessian, group_size, {**options, "widths": widths})
         del side_by_side
         start = 0
         for weight in together:
@@ -113,8 +114,12 @@ def _losses(weight: Tensor, solutions: list[solver.Solution], hessian: Tensor) -
     energy = ((hessian @ weight) * weight).sum().clamp(min=torch.finfo(hessian.dtype).tiny)
     losses = []
     for solution in solutions:
-        error = weight - solution.dequantize()
-        losses.append((((hessian @ error) * error).sum() / energy).item())
+        if solution.lost is not None:
+            lost = solution.lost.sum()
+        else:
+            error = weight - solution.dequantize()
+            lost = ((hessian @ error) * error).sum()
+        losses.append((lost / energy).item())
     return losses
 
 

@@ -12,6 +12,7 @@ The updates of inputs beyond the current block are put off to one matrix product
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from .phases import phase
 BLOCK = 128  # inputs per lazy update; every group size in use divides it
 DAMPING = 0.01  # of the mean of H's diagonal
 MAX_DAMPING = 1.0  # beyond, what the data say drowns; time for other means
+GUARD_OUTPUTS, GUARD_MARGIN = 256, 0.95  # at least so many of a layer's; what is clearly less
+INVERTED_AT_ONCE = 512  # rows of a triangular matrix
 METRICS = ("block", "conditional", "diagonal", "trial")
 # The options under which ``gptq`` is the published algorithm.
 PUBLISHED = {
@@ -48,6 +51,7 @@ class Solution:
     codes: Tensor  # uint8 (k, n), 0..15
     scales: Tensor  # float16 (groups, n)
     damping: float = 0.0  # what the factorization needed, relative to mean(diag(H)); 0 for RTN
+    lost: Tensor | None = None  # (n,) eᵀ H e of each output, where it became known on the way
 
     def dequantize(self) -> Tensor:
         """The (k, n) FP32 values of the codes."""
@@ -56,7 +60,8 @@ class Solution:
 
     def cpu(self) -> "Solution":
         """The same, in host memory."""
-        return Solution(self.codes.cpu(), self.scales.cpu(), self.damping)
+        lost = None if self.lost is None else self.lost.cpu()
+        return Solution(self.codes.cpu(), self.scales.cpu(), self.damping, lost)
 
     def outputs(self, start: int, stop: int) -> "Solution":
         """The part for outputs start..stop-1, to take layers solved together apart again."""
@@ -64,6 +69,7 @@ class Solution:
             self.codes[:, start:stop].contiguous(),
             self.scales[:, start:stop].contiguous(),
             self.damping,
+            None if self.lost is None else self.lost[start:stop],
         )
 
 
@@ -104,6 +110,7 @@ def gptq(
     guard: bool = True,
     damping: float = DAMPING,
     block: int = BLOCK,
+    widths: Sequence[int] | None = None,
 ) -> Solution:
     """Round ``weight`` (k, n) so that its outputs change least under ``hessian`` (k, k).
 
@@ -121,14 +128,16 @@ def gptq(
     (in groups longer than ``block``, which are searched before they are rounded, "block" and
     "conditional" take blocks on the diagonal, "trial" is "diagonal").
     order: round inputs that matter most first (``group_order``). refit, sweeps: ``sweeps`` times
-    fit scales to codes, then codes to scales, and scales once more (``refine``). guard: an output
-    that would lose less by the published algorithm gets what that finds.
+    fit scales to codes, then codes to scales, and scales once more (``refine``). guard: a layer
+    that would lose less by the published algorithm gets what that finds. widths: how many outputs
+    each layer has, of layers laid side by side; by default there is one.
 
     What is on by default was chosen by how well language models predict, not by the layers' loss,
     which is least with "trial" and sweeps: what the calibration text lets later inputs make up for
     holds less on other text. The README has the numbers.
     Inputs that never saw data (zero rows of H) are simply rounded.
-    Raises ValueError on shapes that do not fit and on values that are NaN or infinite.
+    Raises ValueError on shapes that do not fit, options that are none, and on values that are NaN
+    or infinite.
     """
     weight, group = _checked(weight, group_size)
     k = len(weight)
@@ -136,6 +145,10 @@ def gptq(
         raise ValueError(f"hessian: expected ({k}, {k}), got {tuple(hessian.shape)}")
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    if not 0 <= damping <= MAX_DAMPING:
+        raise ValueError(f"damping: expected 0 to {MAX_DAMPING:g}, got {damping}")
+    if sweeps < 0:
+        raise ValueError(f"sweeps: expected 0 or more, got {sweeps}")
     hessian = hessian.to(weight.dtype)
     switches = {"clip": clip, "full_range": full_range, "order": order, "refit": refit,
                 "sweeps": sweeps}  # fmt: skip
@@ -143,8 +156,12 @@ def gptq(
     found = _gptq(weight, hessian, group, **switches, **shared)
     if not guard or not any(switches.values()):
         return found
-    published = _gptq(weight, hessian, group, **dict.fromkeys(switches, False), **shared)
-    return _better(weight, hessian, found, published)
+    plain = {**dict.fromkeys(switches, False), **shared}
+
+    def published(outputs: Tensor) -> Solution:
+        return _gptq(weight[:, outputs], hessian, group, **plain)
+
+    return _guarded(weight, hessian, found, widths or [weight.shape[1]], published)
 
 
 def _gptq(
@@ -179,32 +196,59 @@ def _gptq(
         damped.diagonal().add_(shift)
     for _ in range(sweeps):
         if refit:
-            scales = refine.refit_scales(weight, codes, scales, damped, shift)
+            scales, _ = refine.refit_scales(weight, codes, scales, damped, shift)
         codes = refine.sweep(weight, codes, scales, damped, size)
+    lost = None
     if refit:
-        scales = refine.refit_scales(weight, codes, scales, damped, shift)
+        scales, lost = refine.refit_scales(weight, codes, scales, damped, shift)
     if refit and unseen.any():  # its scale may have changed, for the others
         each = scales.repeat_interleave(group, dim=0)
         codes[unseen] = grid.encode(weight[unseen], each[unseen])
     if order:
         codes, scales = restore(codes, scales, permutation)
-    return Solution(codes.to(torch.uint8), scales.half(), damping)
+    return Solution(codes.to(torch.uint8), scales.half(), damping, lost)
 
 
-def _better(weight: Tensor, hessian: Tensor, found: Solution, other: Solution) -> Solution:
-    """``found``, but ``other`` for the outputs that lose less with it."""
+def _guarded(
+    weight: Tensor,
+    hessian: Tensor,
+    found: Solution,
+    widths: Sequence[int],
+    published: Callable[[Tensor], Solution],
+) -> Solution:
+    """``found``, but ``published(outputs)`` for layers that lose less with it.
 
-    def losses(solution: Solution) -> Tensor:
-        return refine.losses(
-            weight, solution.codes, solution.scales.to(weight.dtype), hessian, shift=0.0
-        )
+    By layers, not by outputs: whichever of two solutions loses less in calibration, output by
+    output, predicts worse (README). A large layer is solved a second time only if a part of its
+    outputs does not say already that it loses clearly less than as published.
+    """
 
-    better = losses(other) < losses(found)
-    return Solution(
-        torch.where(better, other.codes, found.codes),
-        torch.where(better, other.scales, found.scales),
-        max(found.damping, other.damping),
-    )
+    def losses(solution: Solution, outputs: Tensor) -> Tensor:
+        if solution.lost is not None:
+            return solution.lost
+        scales = solution.scales.to(weight.dtype)
+        return refine.losses(weight[:, outputs], solution.codes, scales, hessian, shift=0.0)
+
+    outputs = torch.arange(weight.shape[1], device=weight.device)
+    codes, scales, damping = found.codes, found.scales, found.damping
+    lost = losses(found, outputs)
+    layers = outputs.split(list(widths))
+    parts = [layer[:: max(1, len(layer) // GUARD_OUTPUTS)] for layer in layers]
+    looks = published(torch.cat(parts))
+    start = 0
+    for layer, part in zip(layers, parts, strict=True):
+        other = looks.outputs(start, start + len(part))
+        start += len(part)
+        less = losses(other, part)
+        if lost[part].sum() < GUARD_MARGIN * less.sum():
+            continue
+        if len(part) < len(layer):
+            other = published(layer)
+            less = losses(other, layer)
+        if less.sum() < lost[layer].sum():
+            codes[:, layer], scales[:, layer], lost[layer] = other.codes, other.scales, less
+            damping = max(damping, other.damping)
+    return Solution(codes, scales, damping, lost)
 
 
 def _round(
@@ -305,8 +349,25 @@ def _factor(hessian: Tensor, shift: float) -> Tensor | None:
         return None
     right = lower.flip(0, 1)
     del lower
-    eye = torch.eye(len(right), dtype=right.dtype, device=right.device)
-    return torch.linalg.solve_triangular(right, eye, upper=True)
+    _invert(right)
+    return right
+
+
+def _invert(upper: Tensor) -> None:
+    """Replace an upper triangular matrix by its inverse.
+
+    By halves: products of matrices are the fastest thing there is, and two thirds of the work of
+    solving for the identity.
+    """
+    half = len(upper) // 2
+    if half < INVERTED_AT_ONCE:
+        eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
+        return
+    first, second, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
+    _invert(first)
+    _invert(second)
+    corner.copy_(-(first @ corner) @ second)
 
 
 def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:

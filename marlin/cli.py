@@ -47,6 +47,7 @@ def add_info(commands) -> None:
         help="what runs on this machine, or what a checkpoint holds",
         description="Without DIR: what is installed, which GPUs and kernels this machine has, and "
         "why the rest is missing. With DIR: a checkpoint's format, layers, group sizes and size.",
+        epilog="example: marlin info llama-4bit",
     )
     parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="of a checkpoint")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -114,7 +115,7 @@ def add_convert(commands) -> None:
         type=positive,
         default=1.0,
         metavar="GB",
-        help="how much a file holds; twice that is about the memory needed (default: 1)",
+        help="how much a file holds; two to three times that is the memory needed (default: 1)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that DST has"

@@ -55,7 +55,7 @@ def convert(
     """Writes a checkpoint in another format. Codes, scales and zero points stay what they are.
 
     Everything is written beside the target's content and renamed into place at the end: whatever
-    goes wrong, the target is as it was. Memory is that of about two shards of output. Tokenizer
+    goes wrong, the target is as it was. Memory is that of two to three shards of output. Tokenizer
     and other files are copied.
 
     Args:

@@ -1,5 +1,6 @@
 """What the README tells people to type works."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import marlin
+from bench import quality_readme
 from marlin import cli
 from marlin.convert import convert
 
@@ -79,6 +81,17 @@ def test_commands_exist():
             if line.startswith(f"marlin {command} "):
                 for option in re.findall(r"--[\w-]+", line):
                     assert option in run.stdout
+
+
+def test_the_numbers_on_quality_are_those_of_the_committed_run():
+    result = json.loads(quality_readme.RESULT.read_text())
+    assert quality_readme.drawn(README, quality_readme.section(result)) == README
+    for row in result["rows"]:
+        row["domains"]["reference"]["delta"] = 0  # nothing that the README shows
+    assert quality_readme.drawn(README, quality_readme.section(result)) == README
+    default = next(row for row in result["rows"] if row["name"] == "default")
+    default["domains"]["docstrings"]["nll"] += 0.002
+    assert quality_readme.drawn(README, quality_readme.section(result)) != README
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "csrc/README.md"])

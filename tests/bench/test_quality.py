@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cli, quality, quality_rows, quality_texts
+from bench import cli, quality_rows, quality_subject, quality_texts
 from bench.quality_judges import LanguageJudge, Score, resampled
 from gptq import calibration, solver
 
@@ -33,8 +33,8 @@ def directories(tmp_path_factory):
 
 
 def test_a_quick_run_of_both_kinds(directories, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "QUICK_TOKENS", 300)
-    monkeypatch.setattr(quality, "SENTENCES", 12)
+    monkeypatch.setattr(quality_subject, "QUICK_TOKENS", 300)
+    monkeypatch.setattr(quality_subject, "SENTENCES", 12)
     argv = ["quality", "--quick", "--models", ",".join(directories), "--out", str(tmp_path)]
     assert cli.main(argv) == 0
     (path,) = tmp_path.glob("*/quality-quick-chosen.json")
@@ -43,7 +43,7 @@ def test_a_quick_run_of_both_kinds(directories, tmp_path, monkeypatch, capsys):
     for model, measure in (("llama", "nll"), ("bert", "cosine")):
         full, rtn, default, packed = (
             rows[model, name]["domains"]["reference"]
-            for name in ("full precision", "RTN", "default", quality.PACKED)
+            for name in ("full precision", "RTN", "default", quality_subject.PACKED)
         )
         assert full["delta"] == 0 and rtn["closed"] == 0
         assert default["closed"] == pytest.approx(1 - default["delta"] / rtn["delta"])

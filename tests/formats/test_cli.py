@@ -11,6 +11,8 @@ import by_definition as by
 import pytest
 import torch
 
+from bench import cli as bench_cli
+from gptq import cli as gptq_cli
 from marlin import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +125,27 @@ def marlin(*arguments, cwd):
 def test_commands_that_lie_elsewhere(command, expected, tmp_path):
     result = marlin(command, "--help", cwd=tmp_path)
     assert result.returncode == 0 and expected in result.stdout
+    assert result.stdout.startswith(f"usage: marlin {command} ")
+
+
+PROGRAMS = {
+    "info": cli.main, "convert": cli.main, "quantize": gptq_cli.main, "eval": gptq_cli.main,
+    "bench": lambda argv: bench_cli.main(argv[1:]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_help_and_errors_speak_of_the_command_that_was_typed(command, capsys):
+    with pytest.raises(SystemExit):
+        PROGRAMS[command]([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: marlin {command} ") and "python -m" not in text
+    assert f"example: marlin {command}" in text
+    with pytest.raises(SystemExit) as caught:
+        PROGRAMS[command]([command, "--no-such-option"])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(("marlin: error: ", f"marlin {command}: error: "))
 
 
 def test_help_names_every_command():

@@ -36,6 +36,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     save("llama", folder / "model")
     (folder / "text.txt").write_text(TEXT)
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     finished = run(
         "quantize", folder / "model", "--out", folder / "gptq", "--group-size", 32,
         "--calibration", folder / "text.txt", "--nsamples", 6, "--seqlen", 64, "--device", "cpu",
@@ -78,6 +79,9 @@ def test_reports_every_module(work):
     for module in report["modules"]:
         assert 0 < module["loss"] < module["rtn_loss"]
         assert module["tokens"] == report["tokens"]
+        assert module["damping"] >= 0.01 and module["seconds"] > 0 and module["note"] is None
+        assert module["peak_bytes"] is None  # of GPU memory; the run's own peak is beside it
+    assert report["peak_host_bytes"] > 0
     assert report["full_precision"]["lm_head"] == "outside the decoder layers"
 
 
@@ -93,6 +97,7 @@ def test_reports_for_people_too(work):
     assert set(report["phases"]) == phases
     page = (work / "gptq" / "gptq_report.md").read_text()
     assert f"- Calibration: 6 samples, {report['tokens']} tokens of" in page
+    assert "| method | loss | rounding's | damping | tokens | seconds | peak | note |" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| model.")]
     assert len(rows) == 21
     assert [float(row[3]) for row in rows] == pytest.approx(
@@ -255,6 +260,12 @@ QUANTIZE = ("quantize", "{work}/model", "--out", "{work}/x")
         (QUANTIZE, "--group-size 32 takes every layer"),
         ((*QUANTIZE, "--group-size", "96"), "invalid choice"),
         ((*QUANTIZE, "--bits", "3"), "invalid choice"),
+        ((*QUANTIZE, "--device", "gpu"), "expected cpu, cuda or cuda:N, got 'gpu'"),
+        ((*QUANTIZE, "--device", "cuda:99"), "--device: cuda:99, but torch sees"),
+        ((*QUANTIZE, "--group-size", "32", "--damping", "-1"), "damping: expected 0 to 1, got -1"),
+        ((*QUANTIZE, "--group-size", "32", "--sweeps", "-1"), "sweeps: expected 0 or more, got -1"),
+        (("quantize", "{work}/model", "--out", "{work}/text.txt/x"), "that can be written"),
+        ((*QUANTIZE, "--group-size", "32", "--calibration", "{work}/latin.txt"), "text in UTF-8"),
         ((*QUANTIZE, "--nsamples", "0"), "expected a positive number"),
         ((*QUANTIZE, "--group-size", "32", "--calibration", "{work}/none.txt"), "none.txt"),
         (("quantize", "{work}/model", "--out", "{work}/model"), "another directory"),
@@ -279,5 +290,5 @@ def test_bad_input_is_one_line_and_status_two(work, arguments, message, capsys):
 def test_status_reaches_the_shell(work):
     finished = run("eval", work / "nowhere", "--text", work / "text.txt")
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1].startswith("error: ")
+    assert finished.stderr.splitlines()[-1].startswith("marlin: error: ")
     assert "Traceback" not in finished.stderr

@@ -27,7 +27,7 @@ def losses(weight, codes, scales, hessian):
 @pytest.mark.parametrize("group", [16, 32, K])
 def test_refitted_scales_solve_the_least_squares_problem(group):
     weight, hessian, codes, scales = rounded(group)
-    found = refine.refit_scales(weight, codes, scales, hessian, 0.0)
+    found, _ = refine.refit_scales(weight, codes, scales, hessian, 0.0)
     assert torch.equal(found, found.half().double())
     root = torch.linalg.cholesky(hessian).T
     for column in range(N):
@@ -43,27 +43,27 @@ def test_refitted_scales_solve_the_least_squares_problem(group):
 
 def test_refitting_some_outputs_at_a_time_changes_nothing(monkeypatch):
     weight, hessian, codes, scales = rounded(32)
-    whole = refine.refit_scales(weight, codes, scales, hessian, 0.0)
+    whole, _ = refine.refit_scales(weight, codes, scales, hessian, 0.0)
     monkeypatch.setattr(refine, "SYSTEM_NUMBERS", 2 * (K // 32) ** 2)  # two outputs at a time
-    assert torch.equal(refine.refit_scales(weight, codes, scales, hessian, 0.0), whole)
+    assert torch.equal(refine.refit_scales(weight, codes, scales, hessian, 0.0)[0], whole)
 
 
 def test_scales_that_would_lose_more_without_damping_are_not_taken():
     weight, hessian, codes, scales = rounded(32)
-    best = refine.refit_scales(weight, codes, scales, hessian, 0.0)
+    best, _ = refine.refit_scales(weight, codes, scales, hessian, 0.0)
     shift = 10 * hessian.diagonal().mean().item()
     damped = hessian + shift * torch.eye(K, dtype=torch.float64)
-    pulled = refine.refit_scales(weight, codes, best, damped, 0.0)
+    pulled, _ = refine.refit_scales(weight, codes, best, damped, 0.0)
     assert not torch.equal(pulled, best)  # the damped system has something else in mind
     assert (losses(weight, codes, pulled, hessian) > losses(weight, codes, best, hessian)).all()
-    assert torch.equal(refine.refit_scales(weight, codes, best, damped, shift), best)
+    assert torch.equal(refine.refit_scales(weight, codes, best, damped, shift)[0], best)
 
 
 def test_groups_of_zeros_keep_their_scale():
     weight, hessian, codes, scales = rounded(32)
     codes[:32, 0] = 8
     codes[:, 1] = 8
-    found = refine.refit_scales(weight, codes, scales, hessian, 0.0)
+    found, _ = refine.refit_scales(weight, codes, scales, hessian, 0.0)
     assert found[0, 0] == scales[0, 0] and torch.equal(found[:, 1], scales[:, 1])
     assert torch.isfinite(found).all()
 
@@ -90,7 +90,7 @@ def test_sweeps_and_refits_only_ever_help():
     before = losses(weight, codes, scales, hessian)
     start = before
     for _ in range(4):
-        scales = refine.refit_scales(weight, codes, scales, hessian, 0.0)
+        scales, _ = refine.refit_scales(weight, codes, scales, hessian, 0.0)
         codes = refine.sweep(weight, codes, scales, hessian, 32)
         after = losses(weight, codes, scales, hessian)
         assert (after <= before * (1 + 1e-9)).all()

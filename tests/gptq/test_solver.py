@@ -209,9 +209,14 @@ def test_never_worse_than_the_published_algorithm(seed, group_size, spread, tail
 
 
 @pytest.mark.parametrize("refit", [False, True])
-def test_outputs_that_the_published_algorithm_serves_better_get_its_solution(refit):
+@pytest.mark.parametrize("outputs", [256, 4])  # looked at in a layer: all of them, or some first
+def test_layers_that_the_published_algorithm_serves_better_get_its_solution(
+    refit, outputs, monkeypatch
+):
+    monkeypatch.setattr(solver, "GUARD_OUTPUTS", outputs)
     weight, hessian = problem(128, 64, seed=7, dtype=torch.float32)
     searched = {**PLAIN, "clip": True, "metric": "block", "order": True, "refit": refit}
+    widths = [16, 8, 24, 16]
 
     def solve(options):
         solution = solver.gptq(weight, hessian, 32, **options)
@@ -219,13 +224,35 @@ def test_outputs_that_the_published_algorithm_serves_better_get_its_solution(ref
         return solution, ((hessian @ error) * error).sum(dim=0)
 
     (with_plain, lost), (without, found) = solve(PLAIN), solve(searched)
-    guarded, least = solve({**searched, "guard": True})
-    better = lost < found
-    assert 0 < better.sum() < 64
-    assert torch.equal(least, torch.minimum(lost, found))
+    # Layers of outputs that lose less one way or the other.
+    sorted_outputs = (lost / found).argsort()
+    weight = weight[:, sorted_outputs]
+    (with_plain, lost), (without, found) = solve(PLAIN), solve(searched)
+    sums = [[part.sum() for part in losses.split(widths)] for losses in (lost, found)]
+    better = [plain < ours for plain, ours in zip(*sums, strict=True)]
+    assert better[0] and not better[-1]
+    guarded, least = solve({**searched, "guard": True, "widths": widths})
+    torch.testing.assert_close(
+        torch.stack([part.sum() for part in least.split(widths)]),
+        torch.stack([min(pair) for pair in zip(*sums, strict=True)]),
+    )
+    taken_from = torch.tensor(better).repeat_interleave(torch.tensor(widths))
     for field in ("codes", "scales"):
-        taken = torch.where(better, getattr(with_plain, field), getattr(without, field))
+        taken = torch.where(taken_from, getattr(with_plain, field), getattr(without, field))
         assert torch.equal(getattr(guarded, field), taken)
+
+
+def test_the_guard_looks_at_a_part_of_a_large_layer_first(monkeypatch):
+    solved = []
+
+    def watched(weight, *args, _gptq=solver._gptq, **options):
+        solved.append(weight.shape[1])
+        return _gptq(weight, *args, **options)
+
+    monkeypatch.setattr(solver, "_gptq", watched)
+    weight, hessian = problem(64, 1024, seed=3, dtype=torch.float32)
+    solver.gptq(weight, hessian, 32)
+    assert solved == [1024, 256]
 
 
 def test_with_white_inputs_gptq_is_rounding():

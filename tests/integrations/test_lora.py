@@ -9,7 +9,6 @@ peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 import marlin  # noqa: E402
-from marlin import load_pretrained  # noqa: E402
 
 
 def load(directory, **kwargs):
@@ -114,6 +113,6 @@ def test_training_on_a_gpu(saved):
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     losses = train(model)
     assert losses[-1] < losses[0] - 0.1
-    reference = load_pretrained(saved(), "cuda", torch.bfloat16)
+    reference = load(saved(), device_map="cuda:0", dtype=torch.bfloat16)
     for name, layer in marlin_layers(model.unload()).items():
         assert_same(layer, reference.get_submodule(name))
