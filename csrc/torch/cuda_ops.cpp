@@ -71,13 +71,11 @@ void run_engine(const char* op, const DeviceScope& scope, const Tensor& a, const
 
 // Whether the name asks for it, and then without asking: "unchained:16x256x64x4" -> "16x256x64x4".
 bool take_unchained(std::optional<std::string>& name) {
-  if (name == kUnchainedName) {
-    name.reset();
-    return true;
-  }
-  const std::string prefix = std::string(kUnchainedName) + ':';
-  if (!name || !name->starts_with(prefix)) return false;
-  name->erase(0, prefix.size());
+  if (!name || !name->starts_with(kUnchainedName)) return false;
+  constexpr size_t kLength = kUnchainedName.size();
+  if (name->size() == kLength) name.reset();
+  else if ((*name)[kLength] == ':') name->erase(0, kLength + 1);
+  else return false;
   return true;
 }
 
