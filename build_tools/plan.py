@@ -69,14 +69,15 @@ class BuildPlan:
     report: dict  # becomes marlin/_build.json, which `marlin info` and errors read
     spilling: set[str] = field(default_factory=set)  # sources of kernels not selected on 8.x
 
-    def flags_for(self, source: str) -> list[str]:
-        """nvcc's flags for a source: kernels are compiled for the GPUs that use them."""
-        archs = self.archs
+    def archs_of(self, source: str) -> str:
+        """What a source is compiled for: kernels for the GPUs that use them."""
         if is_sm90(source):
-            archs = SM90_ARCH
-        elif source in self.spilling:
-            archs = without_8x_code(archs)
-        return self.nvcc_flags + arch_flags(archs)
+            return SM90_ARCH
+        return without_8x_code(self.archs) if source in self.spilling else self.archs
+
+    def flags_for(self, source: str) -> list[str]:
+        """nvcc's flags for a source."""
+        return self.nvcc_flags + arch_flags(self.archs_of(source))
 
     def report_text(self) -> str:
         return json.dumps(self.report, indent=2) + "\n"
