@@ -12,6 +12,7 @@ SHELL := /bin/bash
 BASE_PYTHON ?= python3
 CXX ?= g++
 SANITIZER_TOOLS ?= memcheck racecheck synccheck initcheck
+JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -33,7 +34,7 @@ fail = { echo "marlin: $(1)" >&2; exit 1; }
 
 help:
 	@echo 'make test       build, then run the tests                  ARGS="-k layer" narrows'
-	@echo 'make fuzz       20,000 random problems on a GPU            EXAMPLES=... takes another number'
+	@echo 'make fuzz       20,000 random problems on a GPU            EXAMPLES=..., JOBS=... take other numbers'
 	@echo 'make demo       quantize, reload and compare a real model  MODEL=... takes another'
 	@echo 'make lint       check style: ruff, clang-format'
 	@echo 'make format     mend it'
@@ -51,8 +52,11 @@ setup: $(ENVIRONMENT)
 test: setup
 	$(PY) -m pytest $(ARGS)
 
+# Drawing problems keeps a CPU core busier than the GPU: JOBS processes share it, each with a seed of
+# its own and its part of the problems.
 fuzz: setup
-	MARLIN_EXAMPLES=$(or $(EXAMPLES),20000) MARLIN_SEED=$${MARLIN_SEED:-$$RANDOM} MARLIN_REQUIRE_GPU=1 \
+	@seed=$${MARLIN_SEED:-$$RANDOM}; seq $$seed $$((seed + $(JOBS) - 1)) | xargs -P $(JOBS) -I{} env \
+	  MARLIN_SEED={} MARLIN_EXAMPLES=$$((($(or $(EXAMPLES),20000) + $(JOBS) - 1) / $(JOBS))) MARLIN_REQUIRE_GPU=1 \
 	  $(PY) -m pytest -s -k cuda tests/engine/test_random_problems.py $(ARGS)
 
 demo: setup

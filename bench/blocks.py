@@ -1,4 +1,4 @@
-"""The linear layers of a decoder block, in the order and with the data flow of a real one."""
+"""The linear layers of decoder blocks, in the order and with the data flow of real ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.compare import fused_layers
+from bench.pools import PackedWeight
 from marlin.testing.shapes import MODELS
+from marlin.testing.timing import ROTATE_BYTES, group_count, packed_bytes, rotation_count
 
 BLOCK = -1  # as a source: what the block itself gets
 
@@ -33,6 +35,47 @@ def block_steps(model: str, fused: bool) -> list[Step]:
         Step(name, k, n, order.index(sources[name]) if name in sources else BLOCK)
         for name, (k, n) in layers.items()
     ]
+
+
+class BlockWeights:
+    """Random weights for several blocks of a model, sized so that activations keep their size."""
+
+    def __init__(
+        self, model: str, group_size: int, dtype, device="cuda", rotate_bytes=ROTATE_BYTES
+    ):
+        generator = torch.Generator(device).manual_seed(2)
+        self.group_size, self.dtype, self.device = group_size, dtype, device
+        self.generator, self.rotate_bytes = generator, rotate_bytes
+        block_bytes = sum(packed_bytes(s.k, s.n) for s in block_steps(model, True))
+        self.blocks = rotation_count(block_bytes, rotate_bytes)
+
+    def packed(self, steps: list[Step]) -> list[list[PackedWeight]]:
+        return [[self._packed(s.k, s.n) for s in steps] for _ in range(self.blocks)]
+
+    def dense(self, steps: list[Step], transposed: bool) -> list[list[torch.Tensor]]:
+        return [[self._dense(s.k, s.n, transposed) for s in steps] for _ in range(self.blocks)]
+
+    def _packed(self, k: int, n: int) -> PackedWeight:
+        b = torch.empty(k // 16, 2 * n, dtype=torch.int32, device=self.device)
+        b.random_(-(2**31), 2**31, generator=self.generator)
+        # The squares of codes - 8 are 21.5 in the mean, those of uniform 0.5 … 1.5 are 13/12.
+        scale = (21.5 * 13 / 12 * k) ** -0.5
+        s = torch.empty(group_count(k, self.group_size), n, device=self.device)
+        s.uniform_(0.5 * scale, 1.5 * scale, generator=self.generator)
+        # The codes' mean is -0.5. With scales of one sign every layer would amplify the mean of its
+        # input by sqrt(k) / 10, and a few layers on nothing would be finite.
+        s *= torch.empty_like(s).uniform_(-1, 1, generator=self.generator).sign()
+        return PackedWeight(b, s.to(self.dtype))
+
+    def _dense(self, k: int, n: int, transposed: bool) -> torch.Tensor:
+        shape = (n, k) if transposed else (k, n)
+        w = torch.empty(shape, dtype=self.dtype, device=self.device)
+        w.normal_(0, k**-0.5, generator=self.generator)
+        return w.t() if transposed else w
+
+    def rows(self, m: int, hidden: int) -> torch.Tensor:
+        x = torch.empty(m, hidden, dtype=self.dtype, device=self.device)
+        return x.normal_(generator=self.generator)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from marlin.testing.timing import (
     floor_us,
     launch_count,
     problem_bytes,
+    replay_count,
     time_graph,
 )
 
@@ -96,7 +97,8 @@ def capture_path(
 
 def time_path(pools: Pools, path: Path, k: int, n: int, m: int, check: bool) -> Timing:
     """The protocol's timing of a path."""
-    return time_graph(*capture_path(pools, path, k, n, m, check))
+    graph, launches = capture_path(pools, path, k, n, m, check)
+    return time_graph(graph, launches, replay_count(launches * path.expected_us))
 
 
 def summarize(

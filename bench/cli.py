@@ -55,8 +55,6 @@ def add_gemm(commands) -> None:
     add_problem(parser)
     parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
     parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
-    parser.add_argument("--full", action="store_true",
-                        help="13 batch sizes from 1 to 8192 for every shape")  # fmt: skip
     parser.add_argument("--no-fp16", action="store_true", help="leave out the FP16 baseline")
     parser.add_argument("--sustained", action="store_true",
                         help="loop a few cells for --seconds each, log the clock")  # fmt: skip

@@ -1,11 +1,12 @@
 """`gemm`: one layer at a time, every shape and batch size of the anchors, against cuBLAS FP16.
 
 Protocol (DESIGN §5): random data; weights rotate over at least 256 MB; one CUDA graph of about
-600 us; checked against float64 first; 30 ms idle, then the median of 21 replays. Two passes over
-all cells, the second in reversed order.
+600 us; checked against float64 first; 30 ms idle, then the median of 21 replays, fewer where a
+replay takes longer than 2.4 ms. Two passes over all cells, the second in reversed order.
 """
 
 import sys
+import time
 
 import torch
 
@@ -15,29 +16,41 @@ from bench.incumbents import Incumbents, incumbents_on
 from bench.machine import describe_run
 from bench.pools import Pools
 from bench.report import number, table, write_result
-from marlin.testing.timing import IDLE_SECONDS, REPLAYS, Rates, Timing, known_rates
+from marlin.testing.timing import (
+    FEWEST_REPLAYS,
+    IDLE_SECONDS,
+    LONG_US,
+    REPLAYS,
+    Rates,
+    Timing,
+    known_rates,
+)
 
 QUICK_SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192), (16384, 16896))
 QUICK_ROWS = (1, 16, 32, 64, 128, 256)
-FULL_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-DEFAULT_ROWS = (1, 16, 32, 64, 128, 512, 4096)
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+LARGE_ROWS = (1, 2, 4, *ROWS[1:])  # of the large shape, where 2 and 4 differ from 1 most
 PROTOCOL = (
     f"weights rotate over >= 256 MB, one CUDA graph, {IDLE_SECONDS * 1e3:.0f} ms idle before each "
-    f"timing (the cold power regime), median of {REPLAYS} replays, two passes in reversed order"
+    f"timing (the cold power regime), median of {REPLAYS} replays (fewer, {FEWEST_REPLAYS} at "
+    f"least, of graphs longer than {LONG_US / REPLAYS * 1e-3:.1f} ms), two passes, the second in "
+    "reversed order"
 )
 
 Cell = tuple[int, int, int]  # (k, n, m)
 
 
 def choose_cells(args, incumbents: Incumbents) -> list[Cell]:
-    """The (k, n, m) that the command line asks for."""
+    """The (k, n, m) that the command line asks for. By default every cell of the anchors is among
+    them, and every layer that the sums over models add, at all rows."""
     shapes = args.shapes or (QUICK_SHAPES if args.quick else incumbents.shapes())
-    rows = args.rows or (FULL_ROWS if args.full else QUICK_ROWS if args.quick else None)
-    return [
-        (k, n, m)
-        for k, n in shapes
-        for m in rows or incumbents.rows((k, n)) or DEFAULT_ROWS
-    ]  # fmt: skip
+    rows = args.rows or (QUICK_ROWS if args.quick else None)
+
+    def rows_of(shape) -> list[int]:
+        usual = LARGE_ROWS if shape == compare.LARGE_SHAPE else ROWS
+        return list(rows) if rows else sorted({*usual, *incumbents.rows(shape)})
+
+    return [(*shape, m) for shape in shapes for m in rows_of(shape)]
 
 
 class Measurement:
@@ -177,7 +190,7 @@ def result_name(args) -> str:
     group = "" if args.group_size == 128 else f"-g{args.group_size}".replace("-g-1", "-percolumn")
     dtype = "" if args.dtype == "float16" else f"-{args.dtype}"
     config = "" if args.config == [AUTO] else "-" + "-".join(args.config)
-    quick = "-full" * args.full + "-quick" * args.quick
+    quick = "-quick" * args.quick
     chosen = "-chosen" if args.shapes or args.rows else ""
     return f"gemm{group}{dtype}{config}{quick}{chosen}"
 
@@ -187,6 +200,7 @@ def run(args) -> int:
     if not torch.cuda.is_available():
         print("bench gemm: expected a CUDA device, torch sees none", file=sys.stderr)
         return 2
+    started = time.perf_counter()
     head = describe_run("cuda")
     dtype = getattr(torch, args.dtype)
     incumbents = incumbents_on(head["device"]["name"])
@@ -206,10 +220,11 @@ def run(args) -> int:
         for order, first in ((cells, True), (cells[::-1], False)):
             for cell in order:
                 measurement.measure(cell, first)
+            head["seconds"] = round(time.perf_counter() - started, 1)
             result = build_result(head, options, measurement, cells)
             path = write_result(result, result_name(args), args.out)
     print(format_result(result))
-    print(f"\nwritten to {path}")
+    print(f"\n{head['seconds']:.0f} s, written to {path}")
     failed = [f for f in result["failures"]
               if f["error"].startswith("WRONG") or f["config"] == AUTO]  # fmt: skip
     return 1 if failed or not result["cells"] else 0

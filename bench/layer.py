@@ -1,21 +1,24 @@
 """`layer`: the linear layers of whole decoder blocks, chained, against cuBLAS FP16.
 
 Distinct weights in real order, enough blocks that no cache holds them; each layer reads what an
-earlier one wrote. Per model and batch size: q/k/v and gate/up fused, the same unfused as Hugging
-Face has them, and fused with norms, activation and an attention stand-in between the layers.
-Beside them the sum of the same layers, each measured alone as in `gemm`.
+earlier one wrote. Per model and batch size: q/k/v and gate/up fused, the same without
+programmatic dependent launch, unfused as Hugging Face has them, and fused with norms, activation
+and an attention stand-in between the layers. Beside them the sum of the same layers, each measured
+alone as in `gemm`. FP16 runs the fused chain with both layouts of its weights, then the faster.
 """
 
 import sys
+import time
+from dataclasses import dataclass
 
 import torch
 
 from bench import ceilings
-from bench.blocks import Chain, Step, block_steps
+from bench.blocks import BlockWeights, Chain, Step, block_steps
 from bench.cell import AUTO, FP16_LAYOUTS, make_path, time_path
 from bench.gemm import PROTOCOL
 from bench.machine import describe_run
-from bench.pools import PackedWeight, Pools, check_dense
+from bench.pools import Pools, check_dense
 from bench.report import number, table, write_result
 from marlin import ops
 from marlin.testing.timing import (
@@ -24,20 +27,34 @@ from marlin.testing.timing import (
     Timing,
     capture,
     floor_us,
-    group_count,
     known_rates,
     launch_count,
-    packed_bytes,
-    rotation_count,
+    replay_count,
     time_graph,
 )
 
 MODELS = ("Llama-2-7B", "Llama-3-8B", "Llama-3-70B")
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 QUICK_ROWS = (1, 16, 64, 256)
-VARIANTS = {"fused": (True, False), "unfused": (False, False), "real": (True, True)}
-# name -> (q/k/v and gate/up fused, with neighbours between the layers)
-ALONE, FP16 = "alone", "fp16"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a chain is like: q/k/v and gate/up fused, other kernels between the layers, launches
+    that may overlap (FP16 has no such choice)."""
+
+    fused: bool = True
+    neighbours: bool = False
+    chained: bool = True
+
+
+FUSED, UNCHAINED, ALONE = "fused", "unchained", "alone"
+VARIANTS = {
+    FUSED: Variant(),
+    UNCHAINED: Variant(chained=False),
+    "unfused": Variant(fused=False),
+    "real": Variant(neighbours=True),
+}
 
 
 def block_floor_us(rates: Rates, steps: list[Step], m: int, group_size: int, bits: int = 4):
@@ -45,51 +62,11 @@ def block_floor_us(rates: Rates, steps: list[Step], m: int, group_size: int, bit
     return sum(floor_us(rates, m, step.k, step.n, group_size, bits) for step in steps)
 
 
-class BlockWeights:
-    """Random weights for several blocks of a model, sized so that activations keep their size."""
-
-    def __init__(
-        self, model: str, group_size: int, dtype, device="cuda", rotate_bytes=ROTATE_BYTES
-    ):
-        generator = torch.Generator(device).manual_seed(2)
-        self.group_size, self.dtype, self.device = group_size, dtype, device
-        self.generator, self.rotate_bytes = generator, rotate_bytes
-        block_bytes = sum(packed_bytes(s.k, s.n) for s in block_steps(model, True))
-        self.blocks = rotation_count(block_bytes, rotate_bytes)
-
-    def packed(self, steps: list[Step]) -> list[list[PackedWeight]]:
-        return [[self._packed(s.k, s.n) for s in steps] for _ in range(self.blocks)]
-
-    def dense(self, steps: list[Step], transposed: bool) -> list[list[torch.Tensor]]:
-        return [[self._dense(s.k, s.n, transposed) for s in steps] for _ in range(self.blocks)]
-
-    def _packed(self, k: int, n: int) -> PackedWeight:
-        b = torch.empty(k // 16, 2 * n, dtype=torch.int32, device=self.device)
-        b.random_(-(2**31), 2**31, generator=self.generator)
-        # The squares of codes - 8 are 21.5 in the mean, those of uniform 0.5 … 1.5 are 13/12.
-        scale = (21.5 * 13 / 12 * k) ** -0.5
-        s = torch.empty(group_count(k, self.group_size), n, device=self.device)
-        s.uniform_(0.5 * scale, 1.5 * scale, generator=self.generator)
-        # The codes' mean is -0.5. With scales of one sign every layer would amplify the mean of its
-        # input by sqrt(k) / 10, and a few layers on nothing would be finite.
-        s *= torch.empty_like(s).uniform_(-1, 1, generator=self.generator).sign()
-        return PackedWeight(b, s.to(self.dtype))
-
-    def _dense(self, k: int, n: int, transposed: bool) -> torch.Tensor:
-        shape = (n, k) if transposed else (k, n)
-        w = torch.empty(shape, dtype=self.dtype, device=self.device)
-        w.normal_(0, k**-0.5, generator=self.generator)
-        return w.t() if transposed else w
-
-    def rows(self, m: int, hidden: int) -> torch.Tensor:
-        x = torch.empty(m, hidden, dtype=self.dtype, device=self.device)
-        return x.normal_(generator=self.generator)
-
-
 def time_chain(chain: Chain, floor: float, check) -> Timing:
     """us per block, after checking every layer's output; ``check`` None: not again."""
     blocks = len(chain.weights)
-    rounds = launch_count(blocks, floor) // blocks
+    launches = launch_count(blocks, floor)
+    rounds = launches // blocks
 
     def launch_all():
         for _ in range(rounds):
@@ -101,7 +78,7 @@ def time_chain(chain: Chain, floor: float, check) -> Timing:
         graph.replay()
         for launch in chain.launched:
             check(launch)
-    return time_graph(graph, rounds * blocks)
+    return time_graph(graph, launches, replay_count(launches * floor))
 
 
 class ModelMeasurement:
@@ -121,11 +98,11 @@ class ModelMeasurement:
 
     def measure_chains(self) -> None:
         """Both passes over every variant and batch size; the second in reversed order."""
-        for variant, (fused, neighbours) in VARIANTS.items():
-            steps = self.steps[fused]
+        for name, variant in VARIANTS.items():
+            steps = self.steps[variant.fused]
             packed = self.weights.packed(steps)
             for config in self.configs:
-                chosen = None if config == AUTO else config
+                chosen = operator_config(config, variant.chained)
 
                 def multiply(x, weight, y, config=chosen):
                     ops.matmul_out(x, weight.b, weight.s, y, config=config)
@@ -133,10 +110,13 @@ class ModelMeasurement:
                 def check(launch):
                     launch.weight.check(launch.y, launch.x)
 
-                self._both_passes(variant, config, 4, packed, multiply, check, neighbours)
+                self._both_passes(name, config, 4, packed, multiply, check, self.rows)
             del packed
+            if not variant.chained:
+                continue  # FP16 ran with FUSED
             for path, transposed in FP16_LAYOUTS.items():
-                dense = self.weights.dense(steps, transposed)
+                rows = [m for m in self.rows if name == FUSED or path == self._layout(m)]
+                dense = self.weights.dense(steps, transposed) if rows else []
 
                 def multiply(x, weight, y):
                     torch.mm(x, weight, out=y)
@@ -144,12 +124,17 @@ class ModelMeasurement:
                 def check(launch):
                     check_dense(launch.y, launch.x, launch.weight)
 
-                self._both_passes(variant, path, 16, dense, multiply, check, neighbours)
+                self._both_passes(name, path, 16, dense, multiply, check, rows)
                 del dense
 
-    def _both_passes(self, variant, path, bits, weights, multiply, check, neighbours) -> None:
-        steps = self.steps[VARIANTS[variant][0]]
-        for rows, first in ((self.rows, True), (self.rows[::-1], False)):
+    def _layout(self, m: int) -> str:
+        """In which FP16 ran the fused chain faster."""
+        found = self.timings.get((m, FUSED), {})
+        return min(FP16_LAYOUTS, key=lambda path: sum(found.get(path, [float("inf")])))
+
+    def _both_passes(self, variant, path, bits, weights, multiply, check, all_rows) -> None:
+        steps, neighbours = self.steps[VARIANTS[variant].fused], VARIANTS[variant].neighbours
+        for rows, first in ((all_rows, True), (all_rows[::-1], False)):
             for m in rows:
                 if (m, variant, path) in self.failures:
                     continue
@@ -173,7 +158,7 @@ class ModelMeasurement:
                       rotate_bytes=self.weights.rotate_bytes)  # fmt: skip
         for rows, first in ((self.rows, True), (self.rows[::-1], False)):
             for m in rows:
-                for path in (*self.configs, FP16):
+                for path in (*self.configs, self._layout(m)):
                     if (m, ALONE, path) in self.failures:
                         continue
                     try:
@@ -187,10 +172,9 @@ class ModelMeasurement:
                     self.add(m, ALONE, path, us)
 
     def _time_alone(self, pools: Pools, name: str, k: int, n: int, m: int, check: bool) -> float:
-        """us of one layer; for FP16 the better of both layouts."""
-        names = FP16_LAYOUTS if name == FP16 else [name]
-        paths = [make_path(each, pools, self.rates, k, n, m) for each in names]
-        return min(time_path(pools, path, k, n, m, check).median_us for path in paths)
+        """us of one layer."""
+        path = make_path(name, pools, self.rates, k, n, m)
+        return time_path(pools, path, k, n, m, check).median_us
 
     def _fail(self, m: int, variant: str, path: str, error: Exception) -> None:
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -203,22 +187,37 @@ class ModelMeasurement:
     def records(self) -> list[dict]:
         """One per batch size, variant and configuration."""
         found = []
+        means = {
+            key: {path: sum(us) / len(us) for path, us in paths.items()}
+            for key, paths in self.timings.items()
+        }
         for (m, variant), paths in self.timings.items():
-            means = {path: sum(us) / len(us) for path, us in paths.items()}
-            fp16 = min((us for p, us in means.items() if p not in self.configs), default=None)
-            fused = VARIANTS.get(variant, (True, False))[0]
+            baseline = means.get((m, FUSED if variant == UNCHAINED else variant), {})
+            fp16 = min((us for path, us in baseline.items() if path in FP16_LAYOUTS), default=None)
+            fused = VARIANTS.get(variant, VARIANTS[FUSED]).fused
             floor = block_floor_us(self.rates, self.steps[fused], m, self.group_size)
             for config in self.configs:
-                if config not in means:
+                us = means[m, variant].get(config)
+                if us is None:
                     continue
-                us = means[config]
+                others = {name: means.get((m, name), {}).get(config) for name in (UNCHAINED, ALONE)}
                 found.append({
                     "model": self.model, "m": m, "variant": variant, "config": config,
                     "us": us, "us_passes": paths[config], "fp16_us": fp16,
                     "speedup": fp16 and fp16 / us, "floor_us": floor,
                     "percent_of_floor": 100 * floor / us,
+                    "vs_unchained": others[UNCHAINED] and others[UNCHAINED] / us,
+                    "vs_alone": others[ALONE] and others[ALONE] / us,
                 })  # fmt: skip
         return found
+
+
+def operator_config(config: str, chained: bool) -> str | None:
+    """The name by which the operator runs a configuration so."""
+    name = None if config == AUTO else config
+    if chained:
+        return name
+    return f"unchained:{name}" if name else "unchained"
 
 
 def format_result(result: dict) -> str:
@@ -227,10 +226,11 @@ def format_result(result: dict) -> str:
         f"{result['device']['name']}, commit {result['commit']}, group {result['group_size']}, "
         f"{result['dtype']}: us per block, x FP16, % of floor (the layers' floors added)",
         f"{ALONE}: fused layers measured one by one and added; real: with norms, activation and "
-        "an attention stand-in between the layers, whose time both sides carry",
+        "an attention stand-in between the layers, whose time both sides carry; "
+        f"{UNCHAINED}: fused, without programmatic dependent launch",
     ]
     variants = (ALONE, *VARIANTS)
-    header = ["m", *(h for v in variants for h in (v, "xFP16", "%"))]
+    header = ["m", *(h for v in variants for h in (v, "xFP16", "%")), "fused: xunchained", "xalone"]
     cells = result["blocks"]
     for model, config in dict.fromkeys((c["model"], c["config"]) for c in cells):
         chosen = {(c["m"], c["variant"]): c for c in cells
@@ -244,7 +244,11 @@ def format_result(result: dict) -> str:
                 else ("-", "-", "-")
                 for c in found
             ]
-            rows.append([m, *(text for part in parts for text in part)])
+            ratios = [
+                number(chosen[m, FUSED][key]) if (m, FUSED) in chosen else "-"
+                for key in ("vs_unchained", "vs_alone")
+            ]
+            rows.append([m, *(text for part in parts for text in part), *ratios])
         lines += ["", f"{model}, {config}", table(header, rows)]
     lines += ["FAILED {model} m={m} {variant} {config}: {error}".format(**f)
               for f in result["failures"]]  # fmt: skip
@@ -255,6 +259,7 @@ def run(args) -> int:
     if not torch.cuda.is_available():
         print("bench layer: expected a CUDA device, torch sees none", file=sys.stderr)
         return 2
+    started = time.perf_counter()
     head = describe_run("cuda")
     dtype = getattr(torch, args.dtype)
     rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
@@ -288,7 +293,8 @@ def run(args) -> int:
                 {"model": model, "m": m, "variant": variant, "config": path, "error": error}
                 for (m, variant, path), error in measurement.failures.items()
             ]
+            result["seconds"] = round(time.perf_counter() - started, 1)
             path = write_result(result, name, args.out)
     print(format_result(result))
-    print(f"\nwritten to {path}")
+    print(f"\n{result['seconds']:.0f} s, written to {path}")
     return 1 if result["failures"] or not result["blocks"] else 0

@@ -5,6 +5,7 @@ Environment variables:
                         is there.
     MARLIN_CUDA_ARCHS   architectures to narrow to, e.g. "9.0a" or "8.0;8.0+PTX"
     CUDA_HOME           where the toolkit lies, if nvcc is not on PATH
+    NVCC_APPEND_FLAGS   nvcc itself reads it: "-lineinfo" lets profilers show the source
 """
 
 import json
@@ -28,7 +29,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
              "-Wall", "-Wextra", "-Wno-psabi", "-Icsrc"]  # fmt: skip
 
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Icsrc", "--expt-relaxed-constexpr", "-lineinfo",
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Icsrc", "--expt-relaxed-constexpr",
               "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]  # fmt: skip
 
 USUAL_CUDA_HOME = Path("/usr/local/cuda")
@@ -66,10 +67,17 @@ class BuildPlan:
     nvcc_flags: list[str]  # beside the architectures
     archs: str
     report: dict  # becomes marlin/_build.json, which `marlin info` and errors read
+    spilling: set[str] = field(default_factory=set)  # sources of kernels not selected on 8.x
+
+    def archs_of(self, source: str) -> str:
+        """What a source is compiled for: kernels for the GPUs that use them."""
+        if is_sm90(source):
+            return SM90_ARCH
+        return without_8x_code(self.archs) if source in self.spilling else self.archs
 
     def flags_for(self, source: str) -> list[str]:
-        """nvcc's flags for a source: kernels of the sm_90 engine exist for one architecture."""
-        return self.nvcc_flags + arch_flags(SM90_ARCH if is_sm90(source) else self.archs)
+        """nvcc's flags for a source."""
+        return self.nvcc_flags + arch_flags(self.archs_of(source))
 
     def report_text(self) -> str:
         return json.dumps(self.report, indent=2) + "\n"
@@ -78,6 +86,22 @@ class BuildPlan:
 def is_sm90(source: str) -> bool:
     """Whether a source holds kernels of the sm_90 engine."""
     return Path(source).name.startswith("sm90_")
+
+
+def find_spilling(root: Path) -> set[str]:
+    """Sources of the kernels that core/config.h marks as spilling on 8.x."""
+    shapes = re.findall(
+        r'NamedShape\{"(\w+)", \{[^}]*\}, true\}', (root / "csrc/core/config.h").read_text()
+    )
+    return {f"csrc/kernel/instances/sm80_{name}.cu" for name in shapes}
+
+
+def without_8x_code(archs: str) -> str:
+    """The same without machine code for 8.x, where there is PTX to stand in for it."""
+    wanted = [arch.strip() for arch in archs.split(";")]
+    if "8.0+PTX" not in wanted:
+        return archs
+    return ";".join(arch for arch in wanted if arch == "8.0+PTX" or not arch.startswith("8."))
 
 
 def find_nvcc() -> str | None:
@@ -170,7 +194,7 @@ def plan_build(root: Path) -> BuildPlan:
         ),
     ]
     archs = os.environ.get("MARLIN_CUDA_ARCHS") or DEFAULT_ARCHS
-    nvcc_flags = []
+    nvcc_flags, spilling = [], set()
     report = {"cuda": missing is None, "why_no_cuda": missing, "torch": torch.__version__}
     if missing is None:
         cuda_home = Path(nvcc).resolve().parent.parent
@@ -197,8 +221,9 @@ def plan_build(root: Path) -> BuildPlan:
         )
         version = nvcc_version(nvcc)
         arch_flags(archs)  # refuses what is none
-        nvcc_flags = list(NVCC_FLAGS)
+        nvcc_flags, spilling = list(NVCC_FLAGS), find_spilling(root)
         if version >= (12, 8):  # the first that knows it
             nvcc_flags.append("--compress-mode=size")
         report |= {"nvcc": "{}.{}".format(*version), "archs": archs}
-    return BuildPlan(root, libraries, os.environ.get("CXX", "g++"), nvcc, nvcc_flags, archs, report)
+    cxx = os.environ.get("CXX", "g++")
+    return BuildPlan(root, libraries, cxx, nvcc, nvcc_flags, archs, report, spilling)

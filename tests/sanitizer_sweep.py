@@ -1,9 +1,9 @@
 """A reduced sweep over every CUDA operator, for `make sanitize` (compute-sanitizer runs it).
 
-Small shapes, since the sanitizer slows kernels down a hundredfold; results are checked as well.
+Small shapes, since the sanitizer slows kernels down a hundredfold. Results are checked as well, on
+the CPU: torch's own kernels would take the sanitizer longer than ours.
 """
 
-import itertools
 import os
 
 import torch
@@ -36,39 +36,55 @@ def named(config: str | None, m: int, k: int, n: int) -> str | None:
     return f"{name}@{runs if runs != 2 * slices else slices}"
 
 
+class Problems:
+    """A weight on the GPU, and on the CPU what its products must be."""
+
+    count = 0
+
+    def __init__(self, k, n, group_size, dtype=torch.float16, zeros=False, bias=True):
+        drawn = {"dtype": dtype, "zeros": zeros}
+        self.weight = random_weight(k, n, group_size, device="cuda", **drawn)
+        self.twin = random_weight(k, n, group_size, **drawn)
+        self.values, self.dtype = self.twin.values(), dtype
+        self.bias = torch.randn(n).to(dtype) if bias else None
+
+    def check(self, m: int, config: str | None) -> None:
+        w, a = self.weight, random_rows(m, len(self.values), dtype=self.dtype)
+        bias = None if self.bias is None else self.bias.cuda()
+        y = ops.matmul(a.cuda(), w.b, w.s, bias, config, w.z)
+        check_product(y.cpu(), a, self.values, self.bias)
+        Problems.count += 1
+
+    def check_weight(self) -> None:
+        w, twin = self.weight, self.twin
+        assert torch.equal(ops.unpack(w.b).cpu(), twin.codes)
+        assert torch.equal(ops.unpack_scales(w.s).cpu(), twin.scales)
+        if w.z is not None:
+            assert torch.equal(ops.unpack_scales(w.z).cpu(), twin.zeros)
+        unpacked = ops.dequantize(w.b, w.s, torch.float32, w.z)
+        assert torch.equal(unpacked.cpu(), self.values.float())
+
+
 def sweep() -> int:
     """Runs all problems; returns how many."""
-    problems = 0
-    for k, n, group_size in ((128, 64, 32), (256, 320, 128), (176, 192, -1)):
-        for dtype in (torch.float16, torch.bfloat16):
-            weight = random_weight(k, n, group_size, dtype=dtype, device="cuda")
-            values = weight.values()
-            assert torch.equal(ops.unpack(weight.b), weight.codes)
-            assert torch.equal(ops.unpack_scales(weight.s), weight.scales)
-            assert torch.equal(ops.dequantize(weight.b, weight.s, torch.float32), values.float())
-            bias = torch.randn(n, device="cuda").to(dtype)
-            for m, config in itertools.product((1, 33), CONFIGS):
-                a = random_rows(m, k, dtype=dtype, device="cuda")
-                y = ops.matmul(a, weight.b, weight.s, bias, named(config, m, k, n))
-                check_product(y, a, values, bias)
-                problems += 1
-            weight = random_weight(k, n, group_size, dtype=dtype, device="cuda", zeros=True)
-            values = weight.values()
-            assert torch.equal(ops.unpack_scales(weight.z), weight.zeros)
-            unpacked = ops.dequantize(weight.b, weight.s, torch.float32, weight.z)
-            assert torch.equal(unpacked, values.float())
-            # By name: the net's Y is what cuBLAS stores, see above.
-            y = ops.matmul(a, weight.b, weight.s, bias, "reference", weight.z)
-            check_product(y, a, values, bias)
-            problems += 1
+    dtypes = (torch.float16, torch.bfloat16)
+    for shape, rows in (
+        ((128, 64, 32), (1, 33)),
+        ((256, 320, 128), (33, 1)),
+        ((176, 192, -1), (1, 33)),
+    ):
+        for dtype, m in zip(dtypes, rows, strict=True):
+            plain, with_zeros = (Problems(*shape, dtype, zeros) for zeros in (False, True))
+            plain.check_weight()
+            with_zeros.check_weight()
+            with_zeros.check(m, "reference")  # by name: else the net, see above
+            for config in CONFIGS:
+                plain.check(m, named(config, m, *shape[:2]))
     # Rings that go round, slices shared by pairs of CTAs and over global memory.
-    weight = random_weight(2048, 256, 128, device="cuda")
-    values = weight.values()
-    for m, config in itertools.product((1, 65), CONFIGS):
-        a = random_rows(m, 2048, device="cuda")
-        y = ops.matmul(a, weight.b, weight.s, config=named(config, m, 2048, 256))
-        check_product(y, a, values)
-        problems += 1
+    deep = Problems(2048, 256, 128, bias=False)
+    for config in CONFIGS:
+        deep.check(65, named(config, 65, 2048, 256))
+    problems = Problems.count
     problems += sweep_columns("cuda")
     torch.cuda.synchronize()
     return problems

@@ -169,6 +169,8 @@ py::dict kernel_shapes() {
     entry["threads"] = threads;
     entry["ctas"] = ctas;  // per SM
     entry["shared_bytes"] = shared_bytes(config);
+    entry["spills_on_8x"] =
+        config.engine == Engine::kSm80 && kSm80Shapes[config.shape].spills_on_8x;
     shapes[py::str(std::string(shape_name(config)))] = entry;
   };
   for (size_t i = 0; i < kSm80Shapes.size(); ++i)

@@ -50,9 +50,7 @@ inline constexpr std::array kSm80Shapes{
     NamedShape{"32x256x128x2", {32, 1, 4, 128, 2, 3}, true},
     NamedShape{"32x128x64x4", {32, 1, 2, 64, 4, 3}},
     NamedShape{"64x128x64x2", {64, 2, 2, 64, 2, 3}},
-    NamedShape{"64x256x64x2", {64, 1, 4, 64, 2, 4}, true},
     NamedShape{"64x256x128x2", {64, 1, 4, 128, 2, 3}, true},
-    NamedShape{"128x256x64x1", {128, 2, 4, 64, 1, 3}, true},
     NamedShape{"128x256x128x1", {128, 2, 4, 128, 1, 3}, true},
 };
 

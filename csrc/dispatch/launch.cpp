@@ -14,7 +14,7 @@ namespace marlin {
 namespace {
 
 using LaunchSm80 = cudaError_t (*)(const LaunchParams&, Dtype, int, cudaStream_t);
-using LaunchSm90 = cudaError_t (*)(const LaunchParams&, const CUtensorMap&, Dtype, int,
+using LaunchSm90 = cudaError_t (*)(const LaunchParams&, const CUtensorMap&, Dtype, int, bool,
                                    cudaStream_t);
 
 constexpr auto kSm80Launchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
@@ -38,13 +38,13 @@ cudaError_t launch_sm80(const LaunchParams& params, const Problem& problem, size
 }
 
 cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size_t shape,
-                        cudaStream_t stream) {
+                        bool chained, cudaStream_t stream) {
   CUtensorMap x_map;
   const cudaError_t error =
       describe_activations(params.gemm, problem.activation, kSm90Shapes[shape].shape.rows, x_map);
   if (error != cudaSuccess) return error;
   const int groups = problem.per_column() ? 0 : 128 / static_cast<int>(params.gemm.group_rows);
-  return kSm90Launchers[shape](params, x_map, problem.activation, groups, stream);
+  return kSm90Launchers[shape](params, x_map, problem.activation, groups, chained, stream);
 }
 
 }  // namespace
@@ -56,13 +56,14 @@ int64_t partials_bytes(const Problem& problem, const KernelConfig& config) {
 }
 
 cudaError_t launch_engine(const GemmParams& gemm, const Problem& problem,
-                          const KernelConfig& config, const Workspace& workspace,
+                          const KernelConfig& config, const Workspace& workspace, bool chained,
                           cudaStream_t stream) {
   const Partition partition = partition_of(problem, config);
   const LaunchParams params{gemm, partition, static_cast<int>(row_tiles(problem, config)),
                             in_pairs(config, partition), workspace};
-  return config.engine == Engine::kSm80 ? launch_sm80(params, problem, config.shape, stream)
-                                        : launch_sm90(params, problem, config.shape, stream);
+  return config.engine == Engine::kSm80
+             ? launch_sm80(params, problem, config.shape, stream)
+             : launch_sm90(params, problem, config.shape, chained, stream);
 }
 
 }  // namespace marlin

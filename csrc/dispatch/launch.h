@@ -11,9 +11,10 @@ namespace marlin {
 // Bytes that `workspace.partials` of this launch must hold; 0 if no slice is shared.
 int64_t partials_bytes(const Problem& problem, const KernelConfig& config);
 
-// Launches the configuration's engine. `counters` are needed where a slice is shared.
+// Launches the configuration's engine. `counters` are needed where a slice is shared. `chained`: the
+// kernel may start while its predecessor drains, if the engine can.
 cudaError_t launch_engine(const GemmParams& gemm, const Problem& problem,
-                          const KernelConfig& config, const Workspace& workspace,
+                          const KernelConfig& config, const Workspace& workspace, bool chained,
                           cudaStream_t stream);
 
 }  // namespace marlin

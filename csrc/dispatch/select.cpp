@@ -39,9 +39,8 @@ constexpr std::array kTable{
 // (4096x28672, m = 512: 343.6 against 355.7), of 64 rows elsewhere (4096x6144, m = 512: 84 against
 // 87). Both have warps of 64 rows, which spill a few registers in the main loop. On an H200 they win
 // all the same (8192x8192, m = 512: 189 against 248).
-constexpr std::array<std::string_view, 3> kTallShapes{"128x256x128x1", "128x256x64x1",
-                                                      "64x128x64x2"};
-constexpr std::array<std::string_view, 3> kLowShapes{"64x256x128x2", "64x256x64x2", "64x128x64x2"};
+constexpr std::array<std::string_view, 2> kTallShapes{"128x256x128x1", "64x128x64x2"};
+constexpr std::array<std::string_view, 2> kLowShapes{"64x256x128x2", "64x128x64x2"};
 
 bool fits(const KernelConfig& config, const Device& device) {
   return shared_bytes(config) <= device.shared_bytes_per_block;

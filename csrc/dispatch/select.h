@@ -26,7 +26,8 @@ KernelConfig select_again(const Problem& problem, const Device& device);
 int runs_by_rule(const Problem& problem, const KernelConfig& config, const Device& device);
 
 // The net takes as few slices as keep each within so many bytes of 16-bit weights, and its columns whole
-// tiles of cuBLAS where it has that many.
+// tiles of cuBLAS where it has that many. (On an H200, times FP16, in 1, 2, 4, 8 slices: 8192x8192,
+// m = 4096: 0.84, 0.87, 0.87, 0.84, by this rule 0.89; 4096x4096, m = 8192: 0.88 in one, as here.)
 inline constexpr int64_t kDenseSliceBytes = int64_t{64} << 20;
 int dense_slices_by_rule(const Problem& problem);
 int64_t dense_slice_strips(const Problem& problem, int slices);

@@ -7,9 +7,8 @@
 
 namespace marlin {
 
-// With programmatic dependent launch: the kernel may start while its predecessor drains.
 template <size_t kIndex, typename Half, int kGroups>
-cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& x_map,
+cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& x_map, bool chained,
                                  cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(kSm90SharedBytes[kIndex]);
   constexpr auto kKernel = sm90_kernel<kIndex, Half, kGroups>;
@@ -17,7 +16,7 @@ cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& 
     return error;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = chained;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config{};
@@ -32,22 +31,22 @@ cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& 
 
 template <size_t kIndex, typename Half>
 cudaError_t launch_sm90_groups(const LaunchParams& params, const CUtensorMap& x_map, int groups,
-                               cudaStream_t stream) {
+                               bool chained, cudaStream_t stream) {
   switch (groups) {
-    case 0: return launch_sm90_instance<kIndex, Half, 0>(params, x_map, stream);
-    case 1: return launch_sm90_instance<kIndex, Half, 1>(params, x_map, stream);
-    case 2: return launch_sm90_instance<kIndex, Half, 2>(params, x_map, stream);
-    case 4: return launch_sm90_instance<kIndex, Half, 4>(params, x_map, stream);
+    case 0: return launch_sm90_instance<kIndex, Half, 0>(params, x_map, chained, stream);
+    case 1: return launch_sm90_instance<kIndex, Half, 1>(params, x_map, chained, stream);
+    case 2: return launch_sm90_instance<kIndex, Half, 2>(params, x_map, chained, stream);
+    case 4: return launch_sm90_instance<kIndex, Half, 4>(params, x_map, chained, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
 template <size_t kIndex>
 cudaError_t launch_sm90_shape(const LaunchParams& params, const CUtensorMap& x_map,
-                              Dtype activation, int groups, cudaStream_t stream) {
+                              Dtype activation, int groups, bool chained, cudaStream_t stream) {
   return activation == Dtype::kF16
-             ? launch_sm90_groups<kIndex, __half>(params, x_map, groups, stream)
-             : launch_sm90_groups<kIndex, __nv_bfloat16>(params, x_map, groups, stream);
+             ? launch_sm90_groups<kIndex, __half>(params, x_map, groups, chained, stream)
+             : launch_sm90_groups<kIndex, __nv_bfloat16>(params, x_map, groups, chained, stream);
 }
 
 }  // namespace marlin

@@ -17,8 +17,9 @@ inline constexpr bool kBuiltForSm90 = false;
 #endif
 
 // kernel/instances/ defines these, one file each. `groups` of scales in 128 rows of W; 0: per column.
+// `chained`: it may start while its predecessor drains (programmatic dependent launch).
 template <size_t kIndex>
 cudaError_t launch_sm90_shape(const LaunchParams& params, const CUtensorMap& x_map,
-                              Dtype activation, int groups, cudaStream_t stream);
+                              Dtype activation, int groups, bool chained, cudaStream_t stream);
 
 }  // namespace marlin

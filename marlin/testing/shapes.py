@@ -1,7 +1,8 @@
 """The shapes that tests and benches share. A weight is (k, n) = (in, out) features."""
 
 # Batch sizes around every tile boundary of the kernels.
-ROWS = (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 129, 256, 257, 1000)
+ROWS = (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 256, 257,
+        1000, 1024, 4096)  # fmt: skip
 
 GROUP_SIZES = (-1, 32, 64, 128)
 

@@ -15,6 +15,8 @@ import torch
 ROTATE_BYTES = 256_000_000  # of weights, more than four times the L2 of an H200
 REPLAYS = 21
 IDLE_SECONDS = 0.03  # before a timing, so that all start from the same power budget
+FEWEST_REPLAYS = 7
+LONG_US = 50_000.0  # of replays in one timing: longer graphs are replayed less often
 GRAPH_US = 600.0  # work in one graph: replays cost ~1 us, and 23 of them stay below 35 ms, after
 # which the H200's power cap lowers the clock further
 
@@ -74,6 +76,11 @@ def launch_count(buffers: int, expected_us: float, graph_us: float = GRAPH_US) -
     """Launches for one graph: whole rounds over the buffers, about ``graph_us`` of work."""
     rounds = max(1, round(graph_us / (buffers * expected_us)))
     return buffers * rounds
+
+
+def replay_count(graph_us: float) -> int:
+    """Replays of a graph of so much work: 21; fewer if it leaves the cold regime anyway."""
+    return min(REPLAYS, max(FEWEST_REPLAYS, round(LONG_US / graph_us)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from bench import cell, cli, compare, gemm, machine, report
 from bench.incumbents import Incumbents, read_anchors
 from bench.pools import Pools
-from marlin.testing.timing import KNOWN_RATES, Timing
+from marlin.testing.timing import KNOWN_RATES, Timing, replay_count
 
 H200 = KNOWN_RATES["H200"]
 
@@ -30,7 +30,9 @@ def on_cpu(monkeypatch):
     passes = iter([2.0] * 12 + [3.0] * 12)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(cell, "capture", capture)
-    monkeypatch.setattr(cell, "time_graph", lambda graph, launches: Timing([next(passes)], 1700))
+    monkeypatch.setattr(
+        cell, "time_graph", lambda graph, launches, replays: Timing([next(passes)], 1700)
+    )
     monkeypatch.setattr(cell, "launch_count", lambda buffers, us: 2 * buffers)
 
 
@@ -74,7 +76,7 @@ def test_the_net_is_timed_beside_many_rows(on_cpu, monkeypatch):
         cell.ops, "matmul_out", lambda x, b, s, out, config=None: multiply(x, b, s, out)
     )
     times = {1: {"net_us": None, "net_speedup": None}, 3: {"net_us": 2.0, "net_speedup": 1.0}}
-    monkeypatch.setattr(cell, "time_graph", lambda graph, launches: Timing([2.0], 1700))
+    monkeypatch.setattr(cell, "time_graph", lambda graph, launches, replays: Timing([2.0], 1700))
     records = measure([gemm.AUTO]).records(CELLS)
     assert len(records) == len(CELLS)
     for r in records:
@@ -124,16 +126,32 @@ def test_result_is_json_and_prints(on_cpu, tmp_path):
     assert len([line for line in text.splitlines() if line.split()[:2] == ["128", "256"]]) == 2
 
 
-def test_default_cells_are_those_of_the_anchors():
+def test_default_cells_fill_the_table_and_hold_the_anchors():
     def cells(*argv, incumbents=read_anchors()):  # noqa: B008
         return gemm.choose_cells(cli.make_parser().parse_args(["gemm", *argv]), incumbents)
 
-    assert cells() == list(read_anchors().us) and len(cells()) == 96
+    assert set(read_anchors().us) <= set(cells()) and len(set(cells())) == len(cells())
     assert len(cells("--quick")) == 24
-    assert len(cells("--full")) == 12 * 13 and set(cells()) <= set(cells("--full"))
     assert cells("--shapes", "64x128", "--rows", "3") == [(64, 128, 3)]
     assert cells("--shapes", "64x64")[0] == (64, 64, 1)
     assert cells(incumbents=Incumbents()) == []
+
+
+def test_every_row_of_the_table_is_summed():
+    """By default: the large shape at every m that was asked for, the models at all but 2 and 4."""
+    cells = gemm.choose_cells(cli.make_parser().parse_args(["gemm"]), read_anchors())
+    records = [record_of(k, n, m) for k, n, m in cells]
+    columns = compare.model_sums(records, read_anchors(), 128)
+    large, *models = ([s["m"] for s in column] for column in columns.values())
+    assert large == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192]
+    assert len(models) == 3 and all(
+        rows == [m for m in large if m not in (2, 4)] for rows in models
+    )
+
+
+@pytest.mark.parametrize(("graph_us", "replays"), [(600, 21), (2400, 21), (5000, 10), (40_000, 7)])
+def test_long_graphs_are_replayed_less_often(graph_us, replays):
+    assert replay_count(graph_us) == replays
 
 
 def record_of(k, n, m, us=10.0, fp16_us=30.0):

@@ -27,10 +27,13 @@ def on_cpu(monkeypatch):
         return FakeGraph(launches)
 
     monkeypatch.setitem(MODELS, "tiny", TINY)
+    multiply = layer.ops.matmul_out
+    monkeypatch.setattr(layer.ops, "matmul_out", lambda x, b, s, out, config=None: multiply(
+        x, b, s, out, config=None if config == "unchained" else config))  # fmt: skip
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for module in (cell, layer):
         monkeypatch.setattr(module, "capture", capture)
-        monkeypatch.setattr(module, "time_graph", lambda graph, launches: Timing([1.0]))
+        monkeypatch.setattr(module, "time_graph", lambda graph, launches, replays: Timing([1.0]))
         monkeypatch.setattr(module, "launch_count", lambda buffers, us: 2 * buffers)
 
 
@@ -72,10 +75,51 @@ def test_all_variants_are_right_and_recorded(on_cpu, dtype):
         )  # each of the four a microsecond, or a block
         assert r["us"] == r["fp16_us"] == layers and r["speedup"] == 1
         assert len(r["us_passes"]) == 2
+        assert r["vs_unchained"] == 1 / layers and r["vs_alone"] == 4 / layers
     head = {"device": {"name": "NVIDIA H200"}, "commit": "abc", "group_size": 128,
             "dtype": "float16", "blocks": records, "failures": []}  # fmt: skip
     text = layer.format_result(head)
     assert "tiny, auto" in text and len(text.splitlines()) == 2 + 1 + 1 + 1 + 2
+
+
+def test_what_runs_with_which_configuration(on_cpu, monkeypatch):
+    """Every chain without programmatic dependent launch says so, and no other one does."""
+    asked, multiply = [], layer.ops.matmul_out
+
+    def note(x, b, s, out, config=None):
+        asked.append((measuring[0], config))
+        multiply(x, b, s, out)  # the CPU knows none of these names
+
+    measuring = [None]
+    both_passes = layer.ModelMeasurement._both_passes
+
+    def both(self, variant, *rest):
+        measuring[0] = variant
+        both_passes(self, variant, *rest)
+
+    monkeypatch.setattr(layer.ops, "matmul_out", note)
+    monkeypatch.setattr(layer.ModelMeasurement, "_both_passes", both)
+    measure([layer.AUTO, "a"], rows=(1,))
+    chained = {(variant, config) for variant in layer.VARIANTS for config in (None, "a")}
+    chained -= {(layer.UNCHAINED, None), (layer.UNCHAINED, "a")}
+    unchained = {(layer.UNCHAINED, "unchained"), (layer.UNCHAINED, "unchained:a")}
+    assert set(asked) == chained | unchained
+
+
+def test_fp16_takes_its_faster_layout(on_cpu, monkeypatch):
+    """Both in the fused chain, then only the one that won there."""
+
+    def time_chain(chain, floor, check):
+        weight = chain.weights[0][0]
+        transposed = isinstance(weight, torch.Tensor) and weight.stride(0) == 1
+        return Timing([1.0 if transposed else 2.0])
+
+    monkeypatch.setattr(layer, "time_chain", time_chain)
+    timings = measure([layer.AUTO], rows=(2,)).timings
+    layouts = {variant: set(paths) - {layer.AUTO} for (_, variant), paths in timings.items()}
+    fast = {"fp16 (n, k)"}
+    assert layouts == {"fused": set(cell.FP16_LAYOUTS), "unchained": set(), "unfused": fast,
+                       "real": fast, "alone": fast}  # fmt: skip
 
 
 def test_activations_keep_their_size_through_a_chain(on_cpu):
@@ -120,4 +164,5 @@ def test_layer_runs_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", small)
     assert cli.main(["layer", "--models", "tiny", "--rows", "1,16", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/layer-chosen.json")
-    assert len(json.loads(path.read_text())["blocks"]) == 8
+    result = json.loads(path.read_text())
+    assert len(result["blocks"]) == 2 * (1 + len(layer.VARIANTS)) and result["seconds"] > 0

@@ -89,6 +89,24 @@ def test_products_of_products(m, captured, weights):
 
 
 @pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("config", [None, "16x256x64x2", "dense", "reference"])
+def test_without_overlap(m, config, weights):
+    """The same bits, whatever the configuration."""
+    a = random_rows(m, SIZE, device="cuda")
+    unchained = f"unchained:{config}" if config else "unchained"
+    for weight in weights:
+        y = ops.matmul(a, weight.b, weight.s, config=unchained)
+        assert torch.equal(y, ops.matmul(a, weight.b, weight.s, config=config))
+
+
+def test_nothing_is_called_so(weights):
+    a = random_rows(1, SIZE, device="cuda")
+    for config in ("unchained:", "unchained:warp-drive", "unchained16x256x64x2"):
+        with pytest.raises(RuntimeError, match="config: expected one of"):
+            ops.matmul(a, weights[0].b, weights[0].s, config=config)
+
+
+@pytest.mark.parametrize("m", ROWS)
 def test_bare_chain(m, weights):
     """Nothing in between: products that overlap with one another only."""
     start = random_rows(m, SIZE, device="cuda") / 64

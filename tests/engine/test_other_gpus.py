@@ -53,7 +53,7 @@ def cuobjdump() -> str | None:
 
 @pytest.mark.parametrize("gpu", OTHERS)
 def test_selected_kernels_do_not_spill(gpu):
-    """No stack frame in any kernel that is selected on an 8.x GPU, by the built machine code."""
+    """Kernels that are selected on an 8.x GPU have machine code for it, without a stack frame."""
     capability, sm_count, shared_bytes = GPUS[gpu]
     library = Path(ops.__file__).parent / "_ops_cuda.so"
     if not library.exists() or capability not in ops.build_report()["archs"].split(";"):
@@ -71,12 +71,13 @@ def test_selected_kernels_do_not_spill(gpu):
         r"Function (\S*sm80_kernelILm(\d+)E\S*):\s*\n\s*REG:\d+ STACK:(\d+)", listing
     )
     names = [name for name, s in host.kernel_shapes().items() if s["engine"] == "sm80"]
-    assert {names[int(index)] for _, index, _ in kernels} == set(names)
+    built = {names[int(index)] for _, index, _ in kernels}
     layers = {layer for model in MODELS.values() for layer in model.values()}
     selected = {
         host.select(m, n, k, 128, sm_count, shared_bytes).split("@")[0]
         for (k, n), m in itertools.product(layers, (*ROWS[1:], 512, 4096))
     }
+    assert selected <= built
     spilling = [name for name, index, stack in kernels
                 if names[int(index)] in selected and int(stack) > 0]  # fmt: skip
     assert not spilling

@@ -146,21 +146,22 @@ def test_second_device():
         check_product(y, a, weight.values())
 
 
-def test_operands_of_more_than_two_to_the_31():
+@pytest.mark.parametrize("config", [None, "128x256x128x1", "dense"])
+def test_operands_of_more_than_two_to_the_31(config):
     """Offsets of 64 bits where sizes multiply: X and Y of 2.2e9 elements, some rows checked."""
     k, n, m = 2048, 2048, 1_100_000
     weight = random_weight(k, n, 128, device="cuda")
     a = random_rows(1000, k, device="cuda").repeat(m // 1000, 1)
     assert a.numel() > 2**31
-    y = ops.matmul(a, weight.b, weight.s)
-    expected = ops.matmul(a[:1000], weight.b, weight.s)
+    y = ops.matmul(a, weight.b, weight.s, config=config)
+    expected = ops.matmul(a[:1000], weight.b, weight.s, config=config)
     for block in y.view(-1, 1000, n):  # other cuts of the line of tiles: other orders of the sums
         torch.testing.assert_close(block, expected, rtol=2e-3, atol=2e-2)
     k, n = 65536, 65536 + 64  # 4.3e9 weights
     b = torch.randint(-(2**31), 2**31, (k // 16, 2 * n), dtype=torch.int32, device="cuda")
     s = torch.rand(k // 128, n, device="cuda").half()
     a = random_rows(3, k, device="cuda")
-    y = ops.matmul(a, b, s)
+    y = ops.matmul(a, b, s, config=config)
     tail = b.view(k // 16, n // 64, 128)[:, -1].contiguous()
     expected = ops.matmul(a, tail, s[:, -64:].contiguous(), config="reference")
     torch.testing.assert_close(y[:, -64:].float(), expected.float(), rtol=2e-3, atol=0.5)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlin import host, ops
-from marlin.testing.problems import check_product, random_rows, random_weight
-from marlin.testing.shapes import GROUP_SIZES, ODD_SHAPES, ROWS, scaled_model_shapes
+from marlin.testing.problems import Weight, check_product, random_rows, random_weight
+from marlin.testing.shapes import GROUP_SIZES, MODELS, ODD_SHAPES, ROWS, scaled_model_shapes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALVES = [torch.float16, torch.bfloat16]
@@ -53,6 +53,19 @@ def test_model_shapes(device, k, n):
     values = weight.values()
     for m in (1, 16, 130):
         a = random_rows(m, k, device=device)
+        check_product(ops.matmul(a, weight.b, weight.s), a, values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "n"), sorted({s for m in MODELS.values() for s in m.values()}))
+def test_whole_model_shapes(k, n):
+    """As large as they are, by whatever is selected for decoding, a small batch and a prompt."""
+    words = torch.randint(-(2**31), 2**31, (k // 16, 2 * n), dtype=torch.int32, device="cuda")
+    scales = (torch.rand(k // 128, n, device="cuda") * 0.02 + 0.001).half()
+    weight = Weight(ops.unpack(words), scales, words, ops.pack_scales(scales))
+    values = weight.values()
+    for m in (1, 16, 100, 1000):
+        a = random_rows(m, k, device="cuda", seed=m)
         check_product(ops.matmul(a, weight.b, weight.s), a, values)
 
 

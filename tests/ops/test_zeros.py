@@ -1,5 +1,7 @@
 """Zero points: mul and dequantize with them, against float64; what Torch expects; refusals."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,10 +71,10 @@ def test_zeros_of_eight_are_none(device, group_size):
     """Bit for bit; in the same kernel, where a GPU has several."""
     weight = random_weight(256, 128, group_size, device=device)
     eights = torch.full_like(weight.s, 8, dtype=torch.uint8)
-    config = "reference" if device == "cuda" else None
-    for dtype in HALVES:
-        a = random_rows(33, 256, dtype=dtype, device=device)
-        with_zeros = ops.matmul(a, weight.b, weight.s, zeros=eights)
+    configs = ["reference", "dense"] if device == "cuda" else [None]
+    for dtype, config, m in itertools.product(HALVES, configs, (1, 33)):
+        a = random_rows(m, 256, dtype=dtype, device=device)
+        with_zeros = ops.matmul(a, weight.b, weight.s, config=config, zeros=eights)
         assert torch.equal(with_zeros, ops.matmul(a, weight.b, weight.s, config=config))
     assert torch.equal(
         ops.dequantize(weight.b, weight.s, zeros=eights), ops.dequantize(weight.b, weight.s)
@@ -245,10 +247,23 @@ def test_weight_types(device):
 
 
 @pytest.mark.gpu
-def test_only_the_simple_kernel_takes_zeros():
+@pytest.mark.parametrize("m", [1, 33])
+@pytest.mark.parametrize("scale_dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_zeros_take(m, dtype, scale_dtype):
+    """The net, but where FP16 cannot hold the scales."""
+    weight = random_weight(256, 256, 64, dtype=scale_dtype, device="cuda", zeros=True)
+    a = random_rows(m, 256, dtype=dtype, device="cuda")
+    holds = dtype == torch.bfloat16 or scale_dtype == torch.float16
+    expected = multiply(a, weight, config="dense" if holds else "reference")
+    assert torch.equal(expected, multiply(a, weight))
+    assert torch.equal(expected, multiply(a, weight, config="unchained"))
+
+
+@pytest.mark.gpu
+def test_no_engine_takes_zeros():
     weight = random_weight(256, 256, 64, device="cuda", zeros=True)
     a = random_rows(5, 256, device="cuda")
-    assert torch.equal(multiply(a, weight, config="reference"), multiply(a, weight))
     for config in (*host.kernel_shapes(), "warp-drive"):
         with pytest.raises(RuntimeError, match=f"config: expected .*'reference'.*{config}"):
             multiply(a, weight, config=config)
