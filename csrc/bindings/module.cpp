@@ -181,10 +181,11 @@ py::dict kernel_shapes() {
 }
 
 std::string select_config(int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
-                          int shared_bytes, int major, bool bf16_scales) {
+                          int shared_bytes, int major, bool bf16_scales, bool bf16_rows) {
   const Device device{major, 0, sm_count, shared_bytes, major == 9};
   Problem problem = make_problem(m, n, k, group_size);
   if (bf16_scales) problem.scale = Dtype::kBF16;
+  if (bf16_rows) problem.activation = Dtype::kBF16;
   return config_name(select(problem, device));
 }
 
@@ -237,8 +238,8 @@ PYBIND11_MODULE(host, m) {
   m.def("kernel_shapes", &kernel_shapes, "CTA shapes of the CUDA engine by name.");
   m.def("select", &select_config, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
         py::arg("sm_count"), py::arg("shared_bytes"), py::arg("major") = 8,
-        py::arg("bf16_scales") = false,
-        "Name of the configuration chosen for FP16 rows on a GPU with these limits: 'shape@runs'.");
+        py::arg("bf16_scales") = false, py::arg("bf16_rows") = false,
+        "Name of the configuration chosen on a GPU with these limits: 'shape@runs'.");
   m.def("partition", &partition, py::arg("slices"), py::arg("depth"), py::arg("runs"),
         "Per run, its segments: (slice, first tile, last tile, contributors, order).");
 }

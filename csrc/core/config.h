@@ -66,7 +66,7 @@ constexpr size_t sm80_index(std::string_view name) {
 //   depth     rows of W in a stage: the tile that partitions count
 //   sets      of consumer warpgroups; each takes every sets-th stage
 //   blocks    of 16 columns that a warp works on
-//   ctas      per SM that registers and shared memory are planned for
+//   ctas      per SM that registers are planned for
 //
 // With mma.sync a set is one warpgroup, which shares out a stage of 128 x 256 weights or the like:
 // a warp takes 128 rows of 64 columns. With wgmma a set is as many warpgroups as it takes to span the

@@ -63,7 +63,7 @@ __device__ inline ptx::FragmentA dequantize<__nv_bfloat16>(uint32_t word) {
 }
 
 // Scales that dequantize_scaled takes: those of a lane's two columns in each of kCount blocks, every one
-// twice, in a unit in which they are at least 2^-9 and below 1 (pipeline/feed.cuh puts them so).
+// twice, in a unit in which they are at least 2^-8 and below 1 (pipeline/prepare_scales.cuh puts them so).
 //
 // A nibble by itself, read as a half, is a subnormal number: code · 2^-24, or · 2^-20 four bits higher.
 // The tensor cores' and the adders' FP16 is exact there and as fast as elsewhere, so one fused multiply-add

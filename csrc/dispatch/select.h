@@ -32,9 +32,14 @@ inline constexpr int64_t kDenseSliceBytes = int64_t{64} << 20;
 int dense_slices_by_rule(const Problem& problem);
 int64_t dense_slice_strips(const Problem& problem, int slices);
 
-// Whether the net is exact enough: FP16 weights cannot hold what BF16 scales can.
+// Whether the net is exact enough for scales of ordinary size: FP16 weights cannot hold what BF16 scales can.
 constexpr bool dense_holds_scales(const Problem& problem) {
   return problem.activation != Dtype::kF16 || problem.scale == Dtype::kF16;
+}
+
+// And for any scales: FP16 weights overflow from scales of 8192 on, with zero points of 4095.
+constexpr bool dense_holds_any_scales(const Problem& problem) {
+  return problem.activation == Dtype::kBF16;
 }
 
 // "dense", or "dense@3" in so many slices; "16x256x64x4", or "16x256x64x4@96" with the number of runs; or "like:108:166912", whatever is

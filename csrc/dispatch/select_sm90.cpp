@@ -55,7 +55,7 @@ const TunedRow& nearest(const Problem& problem) {
   const int64_t batch = tuned_batch(problem.m);
   const TunedRow* best = nullptr;
   for (const TunedRow& row : kTuned) {
-    if (row.m != batch || (row.dense() && !dense_holds_scales(problem))) continue;
+    if (row.m != batch || (row.dense() && !dense_holds_any_scales(problem))) continue;
     if (best == nullptr || distance(row, problem) < distance(*best, problem)) best = &row;
   }
   return *best;

@@ -73,6 +73,7 @@ __device__ bool add_sets(Sums<kBatches, kCount>& sums, const SumsPlace& place, i
 #pragma unroll
   for (int set = 1; set < kShape.sets; ++set)
     Fours::add(sums, rows_left, [theirs = fours_of(set)](int i) { return theirs[i * 128]; });
+  team_barrier<kShape>(place.team);  // the same memory takes the finished rows
   return true;
 }
 

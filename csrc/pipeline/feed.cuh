@@ -7,10 +7,11 @@
 //   warp 3      makes scales ready that will multiply weights
 //
 // A predecessor in the stream may still be running when they start (programmatic dependent launch).
-// X waits until it is done, and everything else in here waits for X, but for the weights: kernels that
-// compute leave them alone. A kernel that writes them is done before this one starts, unless it lets
-// its dependents start early itself; Marlin's own do not. What ran before the predecessor is done in
-// any case: a kernel of this engine lets the next start only after its own wait.
+// X waits until it is done, and everything else in here waits for X, but for words and scales: kernels
+// that compute leave them alone. One that writes them must not let its dependents start early (Marlin's
+// own do not, and kernels that know nothing of this cannot): then all its CTAs are gone before this
+// kernel starts, and their writes are in L2 when, a microsecond later, the first copy reads it. What ran
+// before a predecessor of this engine is done: it lets the next start only after its own wait.
 #pragma once
 
 #include "core/gemm.h"

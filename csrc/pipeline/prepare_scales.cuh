@@ -13,7 +13,7 @@
 
 namespace marlin {
 
-// Whether a stage's scales are not ready as they come.
+// Whether somebody looks at a stage's scales before they are used.
 template <Sm90Shape kShape, int kGroups>
 inline constexpr bool kPrepareScales = kGroups > 0 && kShape.wgmma;
 
@@ -71,8 +71,8 @@ class ScalePreparer {
       multiply(chunks, low_factor_, high_factor_);
       return {0, shift_ + kFusedUnit};
     }
-    // A weight of up to eight scales must not overflow. (Scales below 2^-11 beside one so large lose up
-    // to three bits to that.)
+    // A weight of up to eight scales must not overflow. (Scales below 2^-11 beside one so large, or one
+    // that is not finite, lose up to three bits to that.)
     if (found.greatest < kTooLarge) return {1, 0};
     multiply(chunks, power_of_two_pair(-3), power_of_two_pair(0));
     return {8, 0};
@@ -83,7 +83,7 @@ class ScalePreparer {
   static constexpr uint32_t kInfinity = 0x7c00;
   // Where shifted exponents (of two) may be. Small ones round coarsely, so a stage's greatest stays
   // within a few of the top; a new shift leaves room for one more.
-  static constexpr int kLeast = -9, kLow = -4, kTop = -1;
+  static constexpr int kLeast = -8, kLow = -4, kTop = -1;
 
   __device__ bool can_fuse(const Magnitudes& found) {
     if (found.greatest >= kInfinity) return false;
@@ -100,7 +100,7 @@ class ScalePreparer {
 
   __device__ void set_shift(int shift) {
     shift_ = shift;
-    const int factor = shift + kFusedStored;  // up to 2^25: in two steps
+    const int factor = shift + kFusedStored;  // up to 24: in two steps
     const int low = min(factor, 15);
     low_factor_ = power_of_two_pair(low);
     high_factor_ = power_of_two_pair(factor - low);

@@ -7,7 +7,7 @@
 
 namespace marlin::ops {
 
-// A slice of columns at a time, config.runs slices in all: memory for one of them is all it takes
+// A slice of columns at a time, at most config.runs slices in all: memory for one of them is all it takes
 // beside the result.
 void multiply_dense(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,
                     const KernelConfig& config, void* y);

@@ -80,9 +80,15 @@ bool take_unchained(std::optional<std::string>& name) {
 }
 
 // The engines do not know zero points yet. The net is as fast as the simple kernel with one row
-// (4096x14336 on an H200: 85 us, 82) and faster with more (256: 29 us for 4096x4096, 114).
+// (4096x14336 on an H200: 85 us, 82) and faster with more (256: 29 us for 4096x4096, 114). In FP16 it
+// does not hold every scale; it is taken all the same where the simple kernel, whose CTAs have so many
+// rows, would read the weights again and again.
+constexpr int64_t kSimpleRows = 32;
+
 std::string_view name_with_zeros(const Problem& problem) {
-  return dense_holds_scales(problem) ? kDenseName : kReferenceName;
+  const bool exact = dense_holds_any_scales(problem);
+  const bool many = problem.m > kSimpleRows && dense_holds_scales(problem);
+  return exact || many ? kDenseName : kReferenceName;
 }
 
 void multiply(const char* op, const DeviceScope& scope, const Tensor& a, const MulCall& call,

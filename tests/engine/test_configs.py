@@ -138,6 +138,25 @@ def test_scales_that_wander(config, group_size):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("apart", [6, 7, 9])
+def test_small_codes_beside_large_scales(config, apart):
+    """Most codes near zero, as real weights have them, and one column in 16 whose scales are larger by
+    2^apart: what is small must not be rounded as if it were large."""
+    weight = random_weight(4096, 256, 128, device="cuda")
+    codes = (torch.randn(4096, 256, generator=torch.Generator().manual_seed(3)) * 2 + 8).round()
+    weight.codes = codes.clamp(0, 15).to(torch.uint8).to("cuda")
+    scales = weight.scales.clone()
+    scales[:, 5::16] *= 2.0**apart
+    weight.scales = scales
+    a = random_rows(48, 4096, device="cuda")
+    y = ops.matmul(a, ops.pack(weight.codes), ops.pack_scales(scales), config=config)
+    values = weight.values()
+    ordinary = [column for column in range(256) if column % 16 != 5]
+    check_product(y[:, ordinary], a, values[:, ordinary])
+    check_product(y[:, 5::16], a, values[:, 5::16])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_strided_rows(config):
     weight = random_weight(256, 128, 64, device="cuda")
     wide = random_rows(50, 1024, device="cuda")

@@ -251,10 +251,10 @@ def test_weight_types(device):
 @pytest.mark.parametrize("scale_dtype", HALVES)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_zeros_take(m, dtype, scale_dtype):
-    """The net, but where FP16 cannot hold the scales."""
+    """The net; in FP16 only for many rows, and not with scales that FP16 cannot hold."""
     weight = random_weight(256, 256, 64, dtype=scale_dtype, device="cuda", zeros=True)
     a = random_rows(m, 256, dtype=dtype, device="cuda")
-    holds = dtype == torch.bfloat16 or scale_dtype == torch.float16
+    holds = dtype == torch.bfloat16 or (m > 32 and scale_dtype == torch.float16)
     expected = multiply(a, weight, config="dense" if holds else "reference")
     assert torch.equal(expected, multiply(a, weight))
     assert torch.equal(expected, multiply(a, weight, config="unchained"))
