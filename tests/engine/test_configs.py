@@ -140,8 +140,8 @@ def test_scales_that_wander(config, group_size):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("apart", [6, 7, 9])
 def test_small_codes_beside_large_scales(config, apart):
-    """Most codes near zero, as real weights have them, and one column in 16 whose scales are larger by
-    2^apart: what is small must not be rounded as if it were large."""
+    """Most codes near zero, as real weights have them, and one column in 16 whose scales are larger
+    by 2^apart: what is small must not be rounded as if it were large."""
     weight = random_weight(4096, 256, 128, device="cuda")
     codes = (torch.randn(4096, 256, generator=torch.Generator().manual_seed(3)) * 2 + 8).round()
     weight.codes = codes.clamp(0, 15).to(torch.uint8).to("cuda")
