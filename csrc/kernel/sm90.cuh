@@ -206,7 +206,7 @@ class WgmmaConsumer {
       if constexpr (kGroups == 0) w = dequantize<Half>(words.words[block]);
       else w = dequantize_scaled(words.words[block], scales, block);
       ptx::wgmma_fence();
-      ptx::wgmma<Half, false>(w, columns, sums.values[block]);
+      ptx::wgmma<Half>(w, columns, sums.values[block]);
       ptx::wgmma_commit();
     }
   }

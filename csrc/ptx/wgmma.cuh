@@ -36,8 +36,8 @@ __device__ inline uint64_t wgmma_descriptor(const void* matrix) {
   return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (shared_address(matrix) & 0x3ffff) >> 4;
 }
 
-// d = w · B where kFirst, else d += w · B. B: columns of X that `descriptor` tells.
-template <typename Half, bool kFirst, int kBatches>
+// d += w · B. B: columns of X that `descriptor` tells.
+template <typename Half, int kBatches>
 __device__ inline void wgmma(const FragmentA& w, uint64_t descriptor, Accumulator (&d)[kBatches]);
 
 // clang-format off
@@ -70,25 +70,18 @@ __device__ inline void wgmma(const FragmentA& w, uint64_t descriptor, Accumulato
 #define MARLIN_VALUES128 MARLIN_V16(0)
 #define MARLIN_VALUES192 MARLIN_V16(0), MARLIN_V8(16)
 #define MARLIN_VALUES256 MARLIN_V32(0)
-#define MARLIN_WGMMA(N, HALF, TYPE, A0, A1, A2, A3, DESCRIPTOR, ADD)                      \
+#define MARLIN_WGMMA(N, HALF, TYPE, A0, A1, A2, A3, DESCRIPTOR, ADD)                              \
   template <>                                                                                     \
-  __device__ inline void wgmma<HALF, false, N / 8>(const FragmentA& w, uint64_t descriptor,       \
-                                                   Accumulator (&d)[N / 8]) {                     \
-    MARLIN_WGMMA_ASM(N, TYPE, A0, A1, A2, A3, DESCRIPTOR, ADD, 1);                        \
-  }                                                                                               \
-  template <>                                                                                     \
-  __device__ inline void wgmma<HALF, true, N / 8>(const FragmentA& w, uint64_t descriptor,        \
-                                                  Accumulator (&d)[N / 8]) {                      \
-    MARLIN_WGMMA_ASM(N, TYPE, A0, A1, A2, A3, DESCRIPTOR, ADD, 0);                        \
+  __device__ inline void wgmma<HALF, N / 8>(const FragmentA& w, uint64_t descriptor,              \
+                                            Accumulator (&d)[N / 8]) {                            \
+    asm volatile(                                                                                 \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                    \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MARLIN_D##N "}, "    \
+        "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #DESCRIPTOR ", add, 1, 1, 0;\n}\n"          \
+        : MARLIN_VALUES##N                                                                        \
+        : "r"(w.registers[0]), "r"(w.registers[1]), "r"(w.registers[2]), "r"(w.registers[3]),     \
+          "l"(descriptor), "n"(1));                                                               \
   }
-#define MARLIN_WGMMA_ASM(N, TYPE, A0, A1, A2, A3, DESCRIPTOR, ADD, ADD_VALUE)             \
-  asm volatile(                                                                                   \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                     \
-      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MARLIN_D##N "}, "      \
-      "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #DESCRIPTOR ", add, 1, 1, 0;\n}\n"            \
-      : MARLIN_VALUES##N                                                                                  \
-      : "r"(w.registers[0]), "r"(w.registers[1]), "r"(w.registers[2]), "r"(w.registers[3]),       \
-        "l"(descriptor), "n"(ADD_VALUE))
 
 MARLIN_WGMMA(32, __half, "f16", 16, 17, 18, 19, 20, 21)
 MARLIN_WGMMA(32, __nv_bfloat16, "bf16", 16, 17, 18, 19, 20, 21)
@@ -105,7 +98,6 @@ MARLIN_WGMMA(192, __nv_bfloat16, "bf16", 96, 97, 98, 99, 100, 101)
 MARLIN_WGMMA(256, __half, "f16", 128, 129, 130, 131, 132, 133)
 MARLIN_WGMMA(256, __nv_bfloat16, "bf16", 128, 129, 130, 131, 132, 133)
 #undef MARLIN_WGMMA
-#undef MARLIN_WGMMA_ASM
 // clang-format on
 
 }  // namespace marlin::ptx
