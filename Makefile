@@ -11,7 +11,7 @@ SHELL := /bin/bash
 
 BASE_PYTHON ?= python3
 CXX ?= g++
-SANITIZER_TOOLS ?= memcheck racecheck synccheck initcheck
+SANITIZER_TOOLS ?= racecheck memcheck synccheck initcheck
 JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 
 ifdef PYTHON
@@ -82,6 +82,7 @@ sanitize: setup
 	$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(call fail,no GPU to sanitize on); \
 	for tool in $(SANITIZER_TOOLS); do \
 	  echo "== $$tool"; \
+	  MARLIN_RACECHECK=$$([ $$tool != racecheck ] || echo 1) $(PY) setup.py --quiet build_ext --inplace || exit 1; \
 	  SANITIZER_TOOL=$$tool PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) tests/sanitizer_sweep.py || exit 1; \
 	done

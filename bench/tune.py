@@ -44,6 +44,7 @@ def run_counts(shape: dict, k: int, n: int, m: int, sm_count: int) -> list[int]:
     Few slices: splits by one, two and four too, however many SMs they leave idle, since the CTAs of
     a slice add up in turn.
     """
+    sm_count //= shape["twins"]
     slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
     tiles = slices * -(-k // shape["depth"])
     most = min(sm_count * shape["ctas"], tiles)

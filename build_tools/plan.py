@@ -5,6 +5,7 @@ Environment variables:
                         is there.
     MARLIN_CUDA_ARCHS   architectures to narrow to, e.g. "9.0a" or "8.0;8.0+PTX"
     CUDA_HOME           where the toolkit lies, if nvcc is not on PATH
+    MARLIN_RACECHECK    1: kernels that compute-sanitizer's racecheck can follow (pipeline/ring.cuh)
     NVCC_APPEND_FLAGS   nvcc itself reads it: "-lineinfo" lets profilers show the source
 """
 
@@ -224,6 +225,8 @@ def plan_build(root: Path) -> BuildPlan:
         nvcc_flags, spilling = list(NVCC_FLAGS), find_spilling(root)
         if version >= (12, 8):  # the first that knows it
             nvcc_flags.append("--compress-mode=size")
+        if os.environ.get("MARLIN_RACECHECK") == "1":
+            nvcc_flags.append("-DMARLIN_RACECHECK")
         report |= {"nvcc": "{}.{}".format(*version), "archs": archs}
     cxx = os.environ.get("CXX", "g++")
     return BuildPlan(root, libraries, cxx, nvcc, nvcc_flags, archs, report, spilling)

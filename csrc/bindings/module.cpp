@@ -167,7 +167,8 @@ py::dict kernel_shapes() {
     entry["columns"] = tile.columns;
     entry["depth"] = tile.depth;
     entry["threads"] = threads;
-    entry["ctas"] = ctas;  // per SM
+    entry["ctas"] = ctas;                  // per SM
+    entry["twins"] = ctas_of_run(config);  // CTAs of a run
     entry["shared_bytes"] = shared_bytes(config);
     entry["spills_on_8x"] =
         config.engine == Engine::kSm80 && kSm80Shapes[config.shape].spills_on_8x;
@@ -201,6 +202,17 @@ std::vector<std::vector<std::tuple<int64_t, int, int, int, int>>> partition(int6
                                sharing.order);
     }
   return result;
+}
+
+std::vector<std::pair<uint32_t, uint32_t>> raster(uint32_t row_tiles, uint32_t strips,
+                                                  uint32_t group) {
+  const Raster order{row_tiles, strips, group};
+  std::vector<std::pair<uint32_t, uint32_t>> places;
+  for (uint32_t slice = 0; slice < row_tiles * strips; ++slice) {
+    const Raster::Place place = order.place_of(slice);
+    places.emplace_back(place.row_tile, place.strip);
+  }
+  return places;
 }
 
 }  // namespace
@@ -240,6 +252,8 @@ PYBIND11_MODULE(host, m) {
         py::arg("sm_count"), py::arg("shared_bytes"), py::arg("major") = 8,
         py::arg("bf16_scales") = false, py::arg("bf16_rows") = false,
         "Name of the configuration chosen on a GPU with these limits: 'shape@runs'.");
+  m.def("raster", &raster, py::arg("row_tiles"), py::arg("strips"), py::arg("group"),
+        "(row tile, strip) of every slice, in order.");
   m.def("partition", &partition, py::arg("slices"), py::arg("depth"), py::arg("runs"),
         "Per run, its segments: (slice, first tile, last tile, contributors, order).");
 }

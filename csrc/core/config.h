@@ -67,6 +67,7 @@ constexpr size_t sm80_index(std::string_view name) {
 //   sets      of consumer warpgroups; each takes every sets-th stage
 //   blocks    of 16 columns that a warp works on
 //   ctas      per SM that registers are planned for
+//   twins     CTAs side by side, a cluster, that work on the same rows and share each copy of X
 //
 // With mma.sync a set is one warpgroup, which shares out a stage of 128 x 256 weights or the like:
 // a warp takes 128 rows of 64 columns. With wgmma a set is as many warpgroups as it takes to span the
@@ -80,6 +81,7 @@ struct Sm90Shape {
   int blocks;
   int stages;
   int ctas = 1;
+  int twins = 1;
 
   constexpr int set_warpgroups() const { return wgmma ? columns / (64 * blocks) : 1; }
   constexpr int consumers() const { return sets * set_warpgroups(); }  // warpgroups
@@ -88,6 +90,8 @@ struct Sm90Shape {
   constexpr int parts() const { return wgmma ? 1 : depth / 128; }
   // Who finish a slice's columns: with wgmma each warpgroup its own, else all together.
   constexpr int teams() const { return wgmma ? set_warpgroups() : 1; }
+  // And of all twins together.
+  constexpr int all_teams() const { return twins * teams(); }
   constexpr int team_threads() const { return wgmma ? 128 : 128 * consumers(); }
   // Scales multiply sums, in FP32, or with wgmma, which has no time for that, weights, in 16 bits.
   constexpr bool scales_sums() const { return !wgmma; }
@@ -95,7 +99,8 @@ struct Sm90Shape {
 };
 
 struct NamedSm90Shape {
-  std::string_view name;  // h, rows x columns x depth x consumer warpgroups
+  // h, rows x columns x depth x consumer warpgroups; hh: twins, counted together
+  std::string_view name;
   Sm90Shape shape;
 };
 
@@ -120,6 +125,7 @@ inline constexpr std::array kSm90Shapes{
     NamedSm90Shape{"h128x128x128x2", {true, 128, 128, 128, 1, 1, 5}},
     NamedSm90Shape{"h192x128x128x2", {true, 192, 128, 128, 1, 1, 3}},
     NamedSm90Shape{"h256x128x64x2", {true, 256, 128, 64, 1, 1, 5}},
+    NamedSm90Shape{"hh256x256x64x4", {true, 256, 128, 64, 1, 1, 5, 1, 2}},
 };
 
 constexpr size_t sm90_index(std::string_view name) {
@@ -134,10 +140,15 @@ enum class Engine : uint8_t { kSm80, kSm90, kDense };
 struct KernelConfig {
   Engine engine = Engine::kSm80;
   size_t shape = 0;  // index into the engine's shapes
-  int runs = 1;      // CTAs, each with an equal share of the tiles (core/partition.h)
+  int runs = 1;      // CTAs or twins, each with an equal share of the tiles (core/partition.h)
 
   constexpr bool operator==(const KernelConfig&) const = default;
 };
+
+// CTAs of a run.
+constexpr int ctas_of_run(const KernelConfig& config) {
+  return config.engine == Engine::kSm90 ? kSm90Shapes[config.shape].shape.twins : 1;
+}
 
 // What partitions are made of: a slice is `columns` wide and `rows` high, a tile `depth` deep.
 struct TileShape {
@@ -152,7 +163,7 @@ constexpr TileShape tile_shape(const KernelConfig& config) {
     return {shape.rows, shape.columns(), shape.depth};
   }
   const Sm90Shape& shape = kSm90Shapes[config.shape].shape;
-  return {shape.rows, shape.columns, shape.depth};
+  return {shape.rows, shape.columns * shape.twins, shape.depth};
 }
 
 constexpr std::string_view shape_name(const KernelConfig& config) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/partition.h"
+#include "core/raster.h"
 #include "core/types.h"
 
 namespace marlin {
@@ -35,20 +36,20 @@ struct Slice {
   int64_t strip;
   int64_t first_row;
 
-  constexpr Slice(int64_t slice, int row_tiles, int rows, int strips) {
-    const auto index = static_cast<uint32_t>(slice), tiles = static_cast<uint32_t>(row_tiles);
-    const uint32_t column = tiles == 1 ? index : index / tiles;
-    strip = int64_t{column} * strips;
-    first_row = int64_t{index - column * tiles} * rows;
+  // Slices are `rows` by `strips` strips of 64 columns.
+  constexpr Slice(const Raster& raster, int64_t slice, int rows, int strips) {
+    const Raster::Place place = raster.place_of(static_cast<uint32_t>(slice));
+    strip = int64_t{place.strip} * strips;
+    first_row = int64_t{place.row_tile} * rows;
   }
 };
 
 // A launch of either engine.
 struct LaunchParams {
   GemmParams gemm;
-  Partition partition;  // slices: strips of columns, and within each the tiles of rows
-  int row_tiles;
-  bool pairs;  // the two runs of every slice are a cluster (sm_90)
+  Partition partition;
+  Raster raster;  // of the partition's slices
+  bool pairs;     // the two runs of every slice are a cluster (sm_90)
   Workspace workspace;
 };
 

@@ -1,8 +1,10 @@
 // Who computes what: an equal share of the tiles for every CTA, whatever the shape.
 //
 // The output is cut into slices (a strip of columns by a tile of rows); each slice is `depth` tiles
-// long along k. The tiles of all slices form one line, slice after slice, which is cut into `runs`
-// equal pieces. A CTA takes one run: it walks down a slice and on into the next.
+// long along k. A CTA takes one run. While there are slices enough for all runs, they are dealt out
+// whole, in turn: at any time all CTAs are in neighbouring slices, at about the same k, so that what
+// they read is in L2. The tiles of the slices left form one line, which is cut into `runs` equal
+// pieces: a run walks down a slice and perhaps on into the next.
 //
 //   slice        0            1            2
 //   tiles   [ . . . . . ][ . . . . . ][ . . . . . ]
@@ -10,8 +12,8 @@
 //
 // A slice that several runs touch needs their sums added: the run that holds the slice's head owns
 // it and adds the others' partial sums in the order of the runs. Every run has at most one segment
-// that it does not own (its first), and at most one slice that it owns and shares (its last): one
-// buffer and one counter per run suffice. With runs = slices * s this is an even split by s.
+// that it does not own (its first of the line), and at most one slice that it owns and shares (its
+// last): one buffer and one counter per run suffice. With runs = slices * s this is an even split by s.
 #pragma once
 
 #include <cstdint>
@@ -41,31 +43,44 @@ struct Partition {
   int64_t slices;
   int depth;  // tiles per slice
   int runs;
-  int64_t run_tiles;  // of every run, before what is left is shared out
+  int64_t dealt;      // slices that go whole to the runs in turn
+  int line_runs;      // the first so many runs share the line: no more than it has tiles
+  int64_t run_tiles;  // of each of them, before what is left is shared out
   int left;
 
   constexpr Partition(int64_t slices, int depth, int runs)
       : slices(slices),
         depth(depth),
         runs(runs),
-        run_tiles(slices * depth / runs),
-        left(static_cast<int>(slices * depth % runs)) {}
+        dealt(slices / runs * runs),
+        line_runs(line_tiles() < runs ? static_cast<int>(line_tiles()) : runs),
+        run_tiles(line_runs == 0 ? 0 : line_tiles() / line_runs),
+        left(line_runs == 0 ? 0 : static_cast<int>(line_tiles() % line_runs)) {}
 
   constexpr int64_t tiles() const { return slices * depth; }
+  constexpr int64_t line_tiles() const { return (slices - dealt) * depth; }
 
-  // tiles() · run / runs, rounded down.
-  constexpr int64_t run_begin(int run) const {
-    return run * run_tiles + quotient(int64_t{run} * left, runs);
+  // line_tiles() · run / line_runs, rounded down.
+  constexpr int64_t line_begin(int run) const {
+    if (run >= line_runs) return line_tiles();
+    return run * run_tiles + quotient(int64_t{run} * left, line_runs);
+  }
+
+  // All tiles of a run.
+  constexpr int64_t tiles_of(int run) const {
+    return dealt / runs * depth + line_begin(run + 1) - line_begin(run);
   }
 
   // The run that holds a tile of the line: the last one that begins at or before it.
   constexpr int run_of(int64_t tile) const {
-    return static_cast<int>(quotient((tile + 1) * runs - 1, tiles()));
+    return static_cast<int>(quotient((tile + 1) * line_runs - 1, line_tiles()));
   }
 
   constexpr Sharing sharing(int run, int64_t slice) const {
-    const int head = run_of(slice * depth);
-    return {run_of(slice * depth + depth - 1) - head + 1, run - head};
+    if (slice < dealt) return {1, 0};
+    const int64_t head_tile = (slice - dealt) * depth;
+    const int head = run_of(head_tile);
+    return {run_of(head_tile + depth - 1) - head + 1, run - head};
   }
 
   constexpr bool operator==(const Partition&) const = default;
@@ -80,28 +95,42 @@ struct Partition {
 // Walks over the segments of a run:  for (SegmentWalk walk(p, run); walk; walk.next()) *walk ...
 class SegmentWalk {
  public:
-  constexpr SegmentWalk(const Partition& partition, int run) : depth_(partition.depth), left_(0) {
-    const int64_t begin = partition.run_begin(run);
-    left_ = static_cast<int>(partition.run_begin(run + 1) - begin);
-    segment_.slice = Partition::quotient(begin, depth_);
-    segment_.first = static_cast<int>(begin - segment_.slice * depth_);
-    segment_.last = end_of(segment_.first);
+  // `partition` must outlive the walk.
+  constexpr SegmentWalk(const Partition& partition, int run)
+      : partition_(partition), run_(run), segment_{run, 0, partition.depth} {
+    if (partition.dealt == 0) enter_line();
   }
 
-  constexpr explicit operator bool() const { return left_ > 0; }
+  constexpr explicit operator bool() const { return segment_.last > segment_.first; }
   constexpr const Segment& operator*() const { return segment_; }
   constexpr const Segment* operator->() const { return &segment_; }
 
   constexpr void next() {
-    left_ -= segment_.last - segment_.first;
-    segment_ = {segment_.slice + 1, 0, end_of(0)};
+    if (segment_.slice >= partition_.dealt) {
+      left_ -= segment_.last - segment_.first;
+      segment_ = {segment_.slice + 1, 0, end_of(0)};
+    } else {
+      segment_.slice += partition_.runs;
+      if (segment_.slice >= partition_.dealt) enter_line();
+    }
   }
 
  private:
-  constexpr int end_of(int first) const { return left_ < depth_ - first ? first + left_ : depth_; }
+  constexpr void enter_line() {
+    const int64_t begin = partition_.line_begin(run_);
+    left_ = static_cast<int>(partition_.line_begin(run_ + 1) - begin);
+    const int64_t slice = Partition::quotient(begin, partition_.depth);
+    const int first = static_cast<int>(begin - slice * partition_.depth);
+    segment_ = {partition_.dealt + slice, first, end_of(first)};
+  }
 
-  int depth_;
-  int left_;  // tiles of the run from this segment on
+  constexpr int end_of(int first) const {
+    return left_ < partition_.depth - first ? first + left_ : partition_.depth;
+  }
+
+  const Partition& partition_;
+  int run_;
+  int left_ = 0;  // tiles of the line from this segment on
   Segment segment_;
 };
 

@@ -39,9 +39,10 @@ cudaError_t launch_sm80(const LaunchParams& params, const Problem& problem, size
 
 cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size_t shape,
                         bool chained, cudaStream_t stream) {
+  const Sm90Shape& shape_of = kSm90Shapes[shape].shape;
   CUtensorMap x_map;
   const cudaError_t error =
-      describe_activations(params.gemm, problem.activation, kSm90Shapes[shape].shape.rows, x_map);
+      describe_activations(params.gemm, problem.activation, shape_of.rows / shape_of.twins, x_map);
   if (error != cudaSuccess) return error;
   const int groups = problem.per_column() ? 0 : 128 / static_cast<int>(params.gemm.group_rows);
   return kSm90Launchers[shape](params, x_map, problem.activation, groups, chained, stream);
@@ -59,7 +60,7 @@ cudaError_t launch_engine(const GemmParams& gemm, const Problem& problem,
                           const KernelConfig& config, const Workspace& workspace, bool chained,
                           cudaStream_t stream) {
   const Partition partition = partition_of(problem, config);
-  const LaunchParams params{gemm, partition, static_cast<int>(row_tiles(problem, config)),
+  const LaunchParams params{gemm, partition, raster_of(problem, config),
                             in_pairs(config, partition), workspace};
   return config.engine == Engine::kSm80
              ? launch_sm80(params, problem, config.shape, stream)

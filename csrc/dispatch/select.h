@@ -8,6 +8,7 @@
 #include "core/config.h"
 #include "core/device.h"
 #include "core/partition.h"
+#include "core/raster.h"
 #include "core/types.h"
 
 namespace marlin {
@@ -52,10 +53,12 @@ std::string config_name(const KernelConfig& config);  // "16x256x64x4@96"
 
 int64_t row_tiles(const Problem& problem, const KernelConfig& config);
 Partition partition_of(const Problem& problem, const KernelConfig& config);
+Raster raster_of(const Problem& problem, const KernelConfig& config);
 
 // Whether two runs share every slice, and their CTAs can add their sums without global memory.
 constexpr bool in_pairs(const KernelConfig& config, const Partition& partition) {
-  return config.engine == Engine::kSm90 && partition.runs == 2 * partition.slices;
+  return config.engine == Engine::kSm90 && ctas_of_run(config) == 1 &&
+         partition.runs == 2 * partition.slices;
 }
 
 // Whether any two runs touch the same slice.

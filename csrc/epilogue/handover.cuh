@@ -13,8 +13,8 @@
 
 namespace marlin {
 
-__device__ inline int run_of_block(const Partition& partition) {
-  return partition.runs - 1 - static_cast<int>(blockIdx.x);
+__device__ inline int run_of_block(const Partition& partition, int ctas = 1) {
+  return partition.runs - 1 - static_cast<int>(blockIdx.x) / ctas;
 }
 
 // kTeams of threads may finish their own columns of a slice each by itself.

@@ -8,7 +8,7 @@
 namespace marlin {
 
 template <Sm90Shape kShape>
-using Sm90Handover = Handover<kShape.rows, kShape.columns, kShape.teams()>;
+using Sm90Handover = Handover<kShape.rows, kShape.columns * kShape.twins, kShape.all_teams()>;
 
 // Where a thread's sums belong.
 struct SumsPlace {

@@ -101,7 +101,7 @@ constexpr int64_t partial_bytes(const KernelConfig& config) {
 
 // Counters that a run may need.
 constexpr int counters_per_run(const KernelConfig& config) {
-  return config.engine == Engine::kSm80 ? 1 : kSm90Shapes[config.shape].shape.teams();
+  return config.engine == Engine::kSm80 ? 1 : kSm90Shapes[config.shape].shape.all_teams();
 }
 
 }  // namespace marlin

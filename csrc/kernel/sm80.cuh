@@ -42,7 +42,7 @@ class StageCopy {
 
  private:
   __device__ void seek() {
-    const Slice slice(walk_.slice(), params_.row_tiles, kShape.rows, kShape.column_warps);
+    const Slice slice(params_.raster, walk_.slice(), kShape.rows, kShape.column_warps);
     weights_.seek(params_.gemm, role_, slice.strip, walk_.tile());
     activations_.seek(params_.gemm, role_, slice.first_row, walk_.tile());
     if constexpr (kGroups > 0) scales_.seek(params_.gemm, role_, slice.strip, walk_.tile());
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
       slot = slot + 1 == kShape.stages ? 0 : slot + 1;
     }
 
-    const Slice slice(segment->slice, params.row_tiles, kShape.rows, kShape.column_warps);
+    const Slice slice(params.raster, segment->slice, kShape.rows, kShape.column_warps);
     const SliceHandover<kShape> handover(params.workspace, sharing, run);
     finish_slice<Half, kGroups == 0>(sums, role, shared, free_slot, params.gemm,
                                      {slice.first_row, slice.strip * kTileColumns}, handover);

@@ -99,8 +99,7 @@ class MmaConsumer {
 
   __device__ void multiply_stage(Sm90Shared<kShape>& shared, int slot) {
     multiply_part<Half, kGroups>(shared, slot, me_, scale_dtype_, sums);
-    __syncwarp();
-    if (me_.lane == 0) ptx::mbarrier_arrive(&shared.empty[slot]);
+    give_back(shared, slot, me_.lane);
   }
 
   __device__ void finish(Sm90Shared<kShape>&) {}
@@ -224,8 +223,7 @@ class WgmmaConsumer {
   }
 
   __device__ void release(Sm90Shared<kShape>& shared) {
-    __syncwarp();  // every lane has read what it needs
-    if (held_ >= 0 && me_.lane == 0) ptx::mbarrier_arrive(&shared.empty[held_]);
+    if (held_ >= 0) give_back(shared, held_, me_.lane);
   }
 
   const Consumer<kShape>& me_;
@@ -243,7 +241,8 @@ __device__ void finish_slice(Sums<kBatches, kCount>& sums, const SumsPlace& plac
                              Sm90Shared<kShape>& shared, const LaunchParams& params,
                              const SliceOrigin& origin, int run, const Sharing& sharing) {
   const GemmParams& gemm = params.gemm;
-  const Sm90Handover<kShape> handover(params.workspace, sharing, run, place.team);
+  const Sm90Handover<kShape> handover(params.workspace, sharing, run,
+                                      twin_rank<kShape>() * kShape.teams() + place.team);
   if constexpr (kShape.wgmma) {
     const int64_t rows_left = gemm.m - origin.row;
     if (!add_sets<kShape>(sums, place, rows_left, shared)) return;
@@ -273,7 +272,7 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
 #pragma unroll 1
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
     // Before the first stage is there, so that it costs no time.
-    const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
+    const Slice slice = slice_of_cta<kShape>(params, segment->slice);
     const SliceOrigin origin{slice.first_row, slice.strip * kTileColumns +
                                                   target.team * Sm90Shared<kShape>::kTeamColumns};
     const Sharing sharing = params.partition.sharing(run, segment->slice);
@@ -310,22 +309,30 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(),
   constexpr Sm90Shape kShape = kSm90Shapes[kIndex].shape;
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<Sm90Shared<kShape>*>(memory);
-  const int run = run_of_block(params.partition);
+  const int run = run_of_block(params.partition, kShape.twins);
+  constexpr bool kTwins = kShape.twins > 1;
 
   const int warp = uniform_warp();
   if (threadIdx.x == 0) init_ring(shared, kProducers<kShape, kGroups>);
   __syncthreads();
-  if (params.pairs) ptx::cluster_arrive();  // the partner may reach for the barriers from here on
+  // The partner may reach for the barriers from here on.
+  if (kTwins || params.pairs) ptx::cluster_arrive();
 
   if (warp / 4 == kShape.consumers()) {
     ptx::give_registers<Registers<kShape>::kFeed>();
+    if (kTwins) ptx::cluster_wait();
     feed<Half, kGroups>(shared, params, x_map, warp % 4, run);
     __syncwarp();
     if (params.pairs) ptx::cluster_wait();
   } else {
     ptx::take_registers<Registers<kShape>::kConsume>();
-    if (params.pairs) ptx::cluster_wait();
+    if (kTwins || params.pairs) ptx::cluster_wait();
     consume<Half, kGroups>(shared, params, warp, run);
+    __syncwarp();
+  }
+  if (kTwins) {  // which reach for each other's barriers to the end
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 }
 

@@ -19,13 +19,14 @@ cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& 
   attributes[0].val.programmaticStreamSerializationAllowed = chained;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {2, 1, 1};
+  constexpr int kTwins = kSm90Shapes[kIndex].shape.twins;
   cudaLaunchConfig_t config{};
-  config.gridDim = params.partition.runs;
+  config.gridDim = params.partition.runs * kTwins;
   config.blockDim = kSm90Shapes[kIndex].shape.threads();
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = params.pairs ? 2 : 1;
+  config.numAttrs = params.pairs || kTwins > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kKernel, params, x_map);
 }
 

@@ -42,8 +42,18 @@ struct WordPieces {
     first = gemm.words + tile_row * pitch + strip * kTileWords;
     rows = static_cast<int>(rows_left < kTiles ? rows_left : kTiles);
     bytes = static_cast<int>(strips_left < kStrips ? strips_left : kStrips) * kTileWords * 4;
+    if (strips_left <= 0) rows = bytes = 0;  // a twin's
   }
 };
+
+// A CTA's part of a slice that it may share with its twin.
+template <Sm90Shape kShape>
+__device__ Slice slice_of_cta(const LaunchParams& params, int64_t index) {
+  constexpr int kStrips = Sm90Shared<kShape>::kStrips;
+  Slice slice(params.raster, index, kShape.rows, kStrips * kShape.twins);
+  slice.strip += twin_rank<kShape>() * kStrips;
+  return slice;
+}
 
 // Calls fill(slice, tile, slot) for every tile of the run, when its stage is free.
 template <Sm90Shape kShape, typename Fill>
@@ -52,7 +62,7 @@ __device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& p
   RingPlace<kShape.stages, 1> place(0);
 #pragma unroll 1
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
-    const Slice slice(segment->slice, params.row_tiles, kShape.rows, Sm90Shared<kShape>::kStrips);
+    const Slice slice = slice_of_cta<kShape>(params, segment->slice);
 #pragma unroll 1
     for (int tile = segment->first; tile < segment->last; ++tile, place.advance()) {
       ptx::mbarrier_wait(&shared.empty[place.slot], place.parity ^ 1);
@@ -69,11 +79,13 @@ __device__ void feed_scales(Sm90Shared<kShape>& shared, const LaunchParams& para
   const GemmParams& gemm = params.gemm;
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
     const int64_t strips_left = gemm.n / kTileColumns - slice.strip;
-    const int bytes = static_cast<int>(strips_left < kStrips ? strips_left : kStrips) * 128;
+    const int strips = static_cast<int>(strips_left < kStrips ? strips_left : kStrips);
+    const int bytes = strips > 0 ? strips * 128 : 0;  // a twin may have none
     const int64_t group = int64_t{tile} * kShape.depth / Groups::kGroupRows;
     const int64_t groups_left = gemm.k / Groups::kGroupRows - group;
     const int groups =
-        static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
+        bytes == 0 ? 0
+                   : static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
     for (int i = 0; i < Groups::kCount; ++i)
       for (int chunk = i < groups ? bytes / 16 : 0; chunk < 8 * kStrips; ++chunk)
         (&shared.scales[slot][i][0][0])[chunk] = Chunk{};
@@ -88,6 +100,7 @@ __device__ void feed_scales(Sm90Shared<kShape>& shared, const LaunchParams& para
   });
 }
 
+// Twins copy half the rows each, to both.
 template <Sm90Shape kShape>
 __device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams& params,
                                  const CUtensorMap& x_map, int run) {
@@ -98,10 +111,18 @@ __device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams&
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
     ptx::mbarrier_arrive_expect(&shared.full[slot], kBytes);
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel)
-      ptx::tensor_copy(shared.activations[slot][panel], &x_map,
-                       tile * kShape.depth + panel * kPanelColumns,
-                       static_cast<int>(slice.first_row), &shared.full[slot]);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int column = tile * kShape.depth + panel * kPanelColumns;
+      const int row = static_cast<int>(slice.first_row);
+      if constexpr (kShape.twins == 1) {
+        ptx::tensor_copy(shared.activations[slot][panel], &x_map, column, row, &shared.full[slot]);
+      } else {
+        constexpr int kHalf = kShape.rows / kShape.twins;
+        const int mine = twin_rank<kShape>() * kHalf;
+        ptx::tensor_multicast(shared.activations[slot][panel][mine], &x_map, column, row + mine,
+                              &shared.full[slot], 0b11);
+      }
+    }
   });
 }
 
@@ -111,16 +132,17 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
   const int64_t pitch = words_in_tile_row(params.gemm.n);
   const uint32_t* first = nullptr;
   int bytes = 0;
+  int below = -1;  // the tile where `first` is, if it is of the same slice
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
     auto copy_row = [&](int row) {
       ptx::bulk_copy(shared.words[slot][row], first + row * pitch, bytes, &shared.full[slot]);
     };
     const bool last = tile + 1 == params.partition.depth;
-    if (bytes == 0 || tile == 0 || last) {  // else the stage lies below the one before
+    if (tile != below || last || bytes == 0) {
       const WordPieces<kShape> pieces(params.gemm, slice.strip, tile);
       first = pieces.first;
       bytes = pieces.bytes;
-      if (last) {
+      if (last || bytes == 0) {
         ptx::mbarrier_arrive_expect(&shared.full[slot], pieces.rows * bytes);
         for (int row = 0; row < pieces.rows; ++row) copy_row(row);
         return;
@@ -130,6 +152,7 @@ __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& param
 #pragma unroll 4
     for (int row = 0; row < kTiles; ++row) copy_row(row);
     first += kTiles * pitch;
+    below = tile + 1;
   });
 }
 

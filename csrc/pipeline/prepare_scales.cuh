@@ -17,9 +17,11 @@ namespace marlin {
 template <Sm90Shape kShape, int kGroups>
 inline constexpr bool kPrepareScales = kGroups > 0 && kShape.wgmma;
 
-// Arrivals that fill a stage.
+// Arrivals that fill a stage: of those who bring X, words, and scales.
 template <Sm90Shape kShape, int kGroups>
-inline constexpr int kProducers = kGroups > 0 ? 3 : 2;
+inline constexpr int kProducers = kGroups == 0
+                                      ? 2
+                                      : 2 + (kPrepareScales<kShape, kGroups> ? kWarpArrivals : 1);
 
 // The groups of a stage: one also where a group is longer than a stage.
 template <Sm90Shape kShape, int kGroups>
@@ -151,14 +153,13 @@ __device__ void prepare_all_scales(Sm90Shared<kShape>& shared, const LaunchParam
     else return ScaleConverter<kGroups, kShape>(params.gemm.scale_dtype);
   }();
   RingPlace<kShape.stages, 1> place(0);
-  const int64_t tiles = params.partition.run_begin(run + 1) - params.partition.run_begin(run);
+  const int64_t tiles = params.partition.tiles_of(run);
 #pragma unroll 1
   for (int64_t i = 0; i < tiles; ++i, place.advance()) {
     ptx::mbarrier_wait(&shared.scales_full[place.slot], place.parity);
     const ScaleForm form = preparer.prepare(&shared.scales[place.slot][0][0][0]);
     if (threadIdx.x % 32 == 0) shared.scale_forms[place.slot] = form;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.full[place.slot]);
+    arrive_together(&shared.full[place.slot], threadIdx.x % 32);
   }
 }
 

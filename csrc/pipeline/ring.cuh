@@ -2,7 +2,7 @@
 #pragma once
 
 #include "format/shared_memory.h"
-#include "ptx/mbarrier.cuh"
+#include "ptx/cluster.cuh"
 
 namespace marlin {
 
@@ -25,11 +25,41 @@ struct RingPlace {
   }
 };
 
+// The CTA among its twins.
+template <Sm90Shape kShape>
+__device__ int twin_rank() {
+  return kShape.twins == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+}
+
+// One lane arrives for its warp. Racecheck takes that for a race of the other lanes, since the compiler
+// leaves a __syncwarp() out where lanes are together anyway: built for it, all arrive.
+#ifdef MARLIN_RACECHECK
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+
+// By a whole warp: what its lanes did is done.
+__device__ inline void arrive_together(ptx::Mbarrier* barrier, int lane) {
+  __syncwarp();
+  if (lane < kWarpArrivals) ptx::mbarrier_arrive(barrier);
+}
+
+// By a consumer warp: it needs the stage no more. Twins fill it together, so both hear.
+template <Sm90Shape kShape>
+__device__ void give_back(Sm90Shared<kShape>& shared, int slot, int lane) {
+  arrive_together(&shared.empty[slot], lane);
+  if constexpr (kShape.twins > 1)
+    if (lane < kWarpArrivals)
+      ptx::mbarrier_signal_remote(&shared.empty[slot], ptx::cluster_rank() ^ 1);
+}
+
 template <Sm90Shape kShape>
 __device__ void init_ring(Sm90Shared<kShape>& shared, int producers) {
   for (int i = 0; i < kShape.stages; ++i) {
     ptx::mbarrier_init(&shared.full[i], producers);
-    ptx::mbarrier_init(&shared.empty[i], 4 * kShape.set_warpgroups());
+    ptx::mbarrier_init(&shared.empty[i],
+                       kWarpArrivals * 4 * kShape.set_warpgroups() * kShape.twins);
     ptx::mbarrier_init(&shared.scales_full[i], 1);
   }
   for (int i = 0; i < kShape.teams(); ++i) ptx::mbarrier_init(&shared.partner[i], 1);

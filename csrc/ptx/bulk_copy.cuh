@@ -34,6 +34,17 @@ __device__ inline void tensor_copy(void* shared, const CUtensorMap* map, int col
       : "memory");
 }
 
+// The same to several CTAs of the cluster, by the bits of `ranks`: to the same place, and counted by the
+// same barrier, of each.
+__device__ inline void tensor_multicast(void* shared, const CUtensorMap* map, int column, int row,
+                                        Mbarrier* barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(ranks)
+      : "memory");
+}
+
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

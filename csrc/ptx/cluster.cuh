@@ -61,6 +61,18 @@ __device__ inline void mbarrier_arrive_remote(Mbarrier* barrier, uint32_t rank) 
       : "memory");
 }
 
+// The same with nothing to show: it says no more than that this CTA has read what it needed.
+__device__ inline void mbarrier_signal_remote(Mbarrier* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // mbarrier_wait for arrivals from other CTAs: what they have seen is visible, too. An acquire of the
 // cluster empties L1, so it comes once, when it is known to succeed.
 __device__ inline void mbarrier_wait_remote(Mbarrier* barrier, uint32_t parity) {

@@ -9,7 +9,8 @@ from marlin import host
 
 
 def check(slices: int, depth: int, runs: int) -> None:
-    """Every tile exactly once, equal shares, and each shared slice's runs in order."""
+    """Every tile exactly once, equal shares, whole slices while there are enough for all, and each
+    shared slice's runs in order."""
     covered = np.zeros((slices, depth), np.int32)
     orders: dict[int, list] = {}
     tiles = slices * depth
@@ -20,9 +21,12 @@ def check(slices: int, depth: int, runs: int) -> None:
             covered[slice_, first:last] += 1
             length += last - first
             orders.setdefault(slice_, []).append((run, order, contributors, first, last))
-            # A run has at most one segment it does not own, its first, and shares what it owns
-            # only at its end: that is why one buffer and one counter per run are enough.
-            assert order == 0 or position == 0
+            if position < slices // runs:
+                assert (slice_, first, last) == (position * runs + run, 0, depth)
+                assert (contributors, order) == (1, 0)
+            # After these a run has at most one segment it does not own, its first, and shares what
+            # it owns only at its end: that is why one buffer and one counter per run are enough.
+            assert order == 0 or position == slices // runs
             if order == 0 and contributors > 1:
                 assert position == len(segments) - 1
         assert tiles // runs <= length <= -(-tiles // runs)

@@ -1,0 +1,7 @@
+#include "kernel/sm90_launch.cuh"
+
+namespace marlin {
+template cudaError_t launch_sm90_shape<sm90_index("hh256x256x64x4")>(const LaunchParams&,
+                                                                     const CUtensorMap&, Dtype, int,
+                                                                     bool, cudaStream_t);
+}  // namespace marlin
