@@ -42,22 +42,34 @@ def _refit(
     groups, n = scales.shape
     levels = (codes - grid.ZERO).view(groups, -1, n)
     group = levels.shape[1]
-    # system[i, j] = levels_iᵀ H_ij levels_j and target[i] = levels_iᵀ (H W)_i, for every output.
-    target = ((damped @ weight).view_as(levels) * levels).sum(dim=1)
-    system = weight.new_empty(groups, groups, n)
-    for i in range(groups):
-        seen = damped[:, i * group : (i + 1) * group] @ levels[i]
-        torch.sum(seen.view_as(levels) * levels, dim=1, out=system[i])
+    # With e the error so far, scales that change by c lose eᵀHe - 2 cᵀ pull + cᵀ system c, where
+    # pull[i] = levels_iᵀ (H e)_i and system[i, j] = levels_iᵀ H_ij levels_j, for every output.
+    error = weight - grid.decode(codes, scales.repeat_interleave(group, dim=0))
+    seen = damped @ error
+    pull = (seen.view_as(levels) * levels).sum(dim=1)
+    pull_of_shift = shift * (error.view_as(levels) * levels).sum(dim=1)
+    before = ((seen - shift * error) * error).sum(dim=0)
+    del error, seen
+    system = weight.new_zeros(groups, groups, n)
+    for j in range(groups):  # symmetric: i ≥ j is enough
+        start = j * group
+        seen = damped[start:, start : start + group] @ levels[j]
+        torch.sum(seen.view_as(levels[j:]).mul_(levels[j:]), dim=1, out=system[j:, j])
     system = system.permute(2, 0, 1).contiguous()
     diagonal = system.diagonal(dim1=1, dim2=2)
-    empty = diagonal == 0  # every weight of the group is 0: any scale will do
-    diagonal.add_(diagonal * RIDGE + empty)
+    added = diagonal * RIDGE + (diagonal == 0)  # all weights of a group 0: its scale stays
+    diagonal.add_(added)
     factors, failed = torch.linalg.cholesky_ex(system)
-    fitted = torch.cholesky_solve(target.T.unsqueeze(2), factors).squeeze(2)
-    usable = torch.isfinite(fitted) & ~empty & (failed == 0)[:, None]
-    fitted = grid.round_scale(torch.where(usable, fitted, scales.T).T)
-    before, after = (losses(weight, codes, s, damped, shift) for s in (scales, fitted))
-    return torch.where(after < before, fitted, scales), torch.where(after < before, after, before)
+    change = torch.cholesky_solve(pull.T.unsqueeze(2), factors)
+    usable = torch.isfinite(change) & (failed == 0)[:, None, None]
+    fitted = grid.round_scale(scales + torch.where(usable, change, 0).squeeze(2).T)
+    change = fitted - scales
+    quadratic = (factors.mT @ change.T.unsqueeze(2)).square().sum(dim=(1, 2))
+    added = added.T + shift * levels.square().sum(dim=1)
+    quadratic -= (added * change.square()).sum(dim=0)
+    after = before - 2 * ((pull - pull_of_shift) * change).sum(dim=0) + quadratic
+    better = after < before
+    return torch.where(better, fitted, scales), torch.where(better, after, before).clamp_(min=0)
 
 
 def losses(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift: float) -> Tensor:

@@ -41,6 +41,17 @@ def test_refitted_scales_solve_the_least_squares_problem(group):
     assert (after < losses(weight, codes, scales, hessian)).all()
 
 
+@pytest.mark.parametrize("damping", [0, 0.01, 10])
+def test_the_losses_told_are_those_of_the_scales_found(damping):
+    weight, hessian, codes, scales = rounded(32)
+    codes[:32, 0] = 8
+    shift = damping * hessian.diagonal().mean().item()
+    damped = hessian + shift * torch.eye(K, dtype=torch.float64)
+    found, lost = refine.refit_scales(weight, codes, scales, damped, shift)
+    torch.testing.assert_close(lost, losses(weight, codes, found, hessian))
+    assert (found != scales).any() and (found[0, 0] == scales[0, 0])
+
+
 def test_refitting_some_outputs_at_a_time_changes_nothing(monkeypatch):
     weight, hessian, codes, scales = rounded(32)
     whole, _ = refine.refit_scales(weight, codes, scales, hessian, 0.0)

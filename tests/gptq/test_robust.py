@@ -42,7 +42,8 @@ def test_many_outputs_are_solved_in_parts(monkeypatch):
     attempts = robust.solve(parts, hessian, 200, 32)
     assert sizes == [16, 24]
     for a, b in zip(attempts, expected, strict=True):
-        assert torch.equal(a.solution.codes, b.solution.codes) and a.loss == b.loss
+        assert torch.equal(a.solution.codes, b.solution.codes)
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
 
 
 def test_float64_when_no_damping_helps_float32(monkeypatch):
