@@ -3,19 +3,28 @@
 import pytest
 import torch
 
+from gptq import hessian as hessian_module
 from gptq.hessian import Hessian
 
 
-def test_mean_of_outer_products_over_all_tokens():
+@pytest.mark.parametrize("at_once", [24, 9])  # rows: all of them, or some and a rest
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_mean_of_outer_products_over_all_tokens(dtype, device, at_once, monkeypatch):
+    monkeypatch.setitem(hessian_module.ROWS_AT_ONCE, device, at_once)
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(*shape, 24, generator=generator) for shape in [(7,), (2, 5), (1, 3, 4)]]
-    hessian = Hessian(24)
+    shapes = [(7,), (2, 5), (1, 3, 4)]
+    batches = [torch.randn(*shape, 24, generator=generator).to(dtype) for shape in shapes]
+    hessian = Hessian(24, device)
     for batch in batches:
-        hessian.add(batch)
+        hessian.add(batch.to(device))
     tokens = torch.cat([batch.reshape(-1, 24) for batch in batches]).double()
     expected = sum(torch.outer(token, token) for token in tokens) / len(tokens)
     assert hessian.tokens == 29
-    torch.testing.assert_close(hessian.mean().double(), expected, rtol=1e-5, atol=1e-6)
+    mean = hessian.mean()
+    torch.testing.assert_close(mean.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    if at_once < 24:
+        assert torch.equal(mean, mean.T)
 
 
 def test_half_precision_inputs_are_summed_in_float32():
