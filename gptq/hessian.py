@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
-# Rows of the sum made by one product: it is symmetric, so columns behind them can wait for
-# ``mean``. Few enough to save almost half, many enough to keep the device busy.
+# Rows in one product with or for H, which is symmetric: what is behind them need not be looked at.
+# Few enough to save almost half, many enough to keep the device busy.
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 2048}
 
 
@@ -37,7 +37,7 @@ class Hessian:
         # Tensor cores multiply halves exactly and sum in FP32, and no FP32 copy is needed.
         exact = tokens.is_cuda and self.sum.is_cuda and tokens.dtype in HALVES
         tokens = tokens if exact else tokens.float()
-        for rows in self._rows():
+        for rows in _parts(self.sum):
             part = self.sum[rows, : rows.stop]
             left, right = tokens[:, rows].T, tokens[:, : rows.stop]
             if exact:
@@ -51,10 +51,22 @@ class Hessian:
         if self.tokens == 0:
             raise ValueError("Hessian: expected at least one token before mean(), got none")
         mean = self.sum / self.tokens
-        for rows in self._rows():
+        for rows in _parts(mean):
             mean[rows, rows.stop :] = mean[rows.stop :, rows].T
         return mean
 
-    def _rows(self) -> list[slice]:
-        k, step = len(self.sum), ROWS_AT_ONCE[self.sum.device.type]
-        return [slice(start, min(start + step, k)) for start in range(0, k, step)]
+
+def energies(hessian: Tensor, columns: Tensor) -> Tensor:
+    """(n,) xᵀ H x of every column x of (k, n), for a symmetric H (k, k) of the same dtype."""
+    found = columns.new_zeros(columns.shape[1])
+    for rows in _parts(hessian):
+        part, before = columns[rows], slice(rows.start)
+        seen = hessian[rows, rows] @ part
+        seen.addmm_(hessian[rows, before], columns[before], alpha=2)
+        found += seen.mul_(part).sum(dim=0)
+    return found
+
+
+def _parts(matrix: Tensor) -> list[slice]:
+    k, step = len(matrix), ROWS_AT_ONCE[matrix.device.type]
+    return [slice(start, min(start + step, k)) for start in range(0, k, step)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import grid
 from .columns import quantize_columns
+from .hessian import energies
 
 # Numbers in the linear systems held at once, (outputs, groups, groups): 256 MB in FP32.
 SYSTEM_NUMBERS = 2**26
@@ -76,7 +77,7 @@ def losses(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, shift:
     """(n,) eᵀ H e of each output, without what was added to H: ``shift`` on its diagonal."""
     group = len(weight) // len(scales)
     error = weight - grid.decode(codes, scales.repeat_interleave(group, dim=0))
-    return ((damped @ error - shift * error) * error).sum(dim=0)
+    return energies(damped, error) - shift * error.square().sum(dim=0)
 
 
 def sweep(weight: Tensor, codes: Tensor, scales: Tensor, damped: Tensor, block: int) -> Tensor:

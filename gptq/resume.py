@@ -66,19 +66,14 @@ class Store:
         """For the walk to go on from."""
         return Done(self.count, self.results)
 
-    def write(self, index: int, results: list[Result]) -> None:
-        """Keep a finished layer."""
+    def write(self, index: int, results: list[Result], packed: dict[str, Tensor]) -> None:
+        """Keep a finished layer. packed: from ``pack_all``."""
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
         if index == 0:  # what an earlier run left without finishing a layer may be another's
             _write(self.folder / MANIFEST, lambda path: path.write_text(self._manifest))
-        tensors: dict[str, Tensor] = {}
-        for result in results:
-            packed = pack(result.solution)
-            tensors[f"{result.target.name}.B"] = packed.B.cpu()
-            tensors[f"{result.target.name}.s"] = packed.s.cpu()
         metadata = {"modules": json.dumps([report.module(result) for result in results])}
-        _write(self._path(index), lambda path: save_file(tensors, path, metadata))
+        _write(self._path(index), lambda path: save_file(packed, path, metadata))
 
     def layers(self, index: int, model: nn.Module) -> dict[str, MarlinLinear]:
         """The packed layers of a finished decoder layer, mapped from its file; biases come from
@@ -130,6 +125,16 @@ def pack(solution: Solution, bias: Tensor | None = None) -> MarlinLinear:
     if solution.codes.device.type == "cuda" and ops.why_no_cuda():
         solution = solution.cpu()
     return MarlinLinear.from_quantized(solution.codes, solution.scales, bias)
+
+
+def pack_all(results: list[Result]) -> dict[str, Tensor]:
+    """The tensors of a finished layer's file, in host memory."""
+    tensors: dict[str, Tensor] = {}
+    for result in results:
+        layer = pack(result.solution)
+        tensors[f"{result.target.name}.B"] = layer.B.cpu()
+        tensors[f"{result.target.name}.s"] = layer.s.cpu()
+    return tensors
 
 
 def _layer(target: Target, words: Tensor, scales: Tensor, bias: Tensor | None) -> MarlinLinear:

@@ -103,24 +103,9 @@ def _solve(
             start += weight.shape[1]
             rounded = solver.rtn(weight, group_size)
             with phase("loss"):
-                loss, rtn_loss = _losses(weight, [solution, rounded], hessian)
+                loss, rtn_loss = solver.output_losses(weight, [solution, rounded], hessian)
             attempts.append(replace(whole, solution=solution, loss=loss, rtn_loss=rtn_loss))
     return attempts
-
-
-def _losses(weight: Tensor, solutions: list[solver.Solution], hessian: Tensor) -> list[float]:
-    """``solver.output_loss`` of each, where the products that they share are made once."""
-    weight = weight.to(hessian.dtype)
-    energy = ((hessian @ weight) * weight).sum().clamp(min=torch.finfo(hessian.dtype).tiny)
-    losses = []
-    for solution in solutions:
-        if solution.lost is not None:
-            lost = solution.lost.sum()
-        else:
-            error = weight - solution.dequantize()
-            lost = ((hessian @ error) * error).sum()
-        losses.append((lost / energy).item())
-    return losses
 
 
 def _parts(weights: list[Tensor]) -> Iterator[list[Tensor]]:

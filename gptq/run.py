@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import export, report, walk
 from .phases import phase
 from .plan import Plan
-from .resume import Store
+from .resume import Store, pack_all
 
 
 def quantize(
@@ -35,8 +35,10 @@ def quantize(
     writing: dict[int, Future] = {}
     writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
-    def write(index: int, results: list[walk.Result]) -> None:  # while the GPU goes on
-        writing[index] = writer.submit(store.write, index, results)
+    def write(index: int, results: list[walk.Result]) -> None:
+        with phase("write"):  # from the GPU now: once it goes on, copies wait until it is through
+            packed = pack_all(results)
+        writing[index] = writer.submit(store.write, index, results, packed)
 
     common = {
         "device": device, "on_result": on_result, "on_layer": write, "done": store.done,

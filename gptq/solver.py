@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import grid, refine
 from .columns import quantize_columns, trial_losses
+from .hessian import energies
 from .order import group_order, restore
 from .phases import phase
 
@@ -370,13 +371,17 @@ def _invert(upper: Tensor) -> None:
     corner.copy_(-(first @ corner) @ second)
 
 
-def output_loss(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
-    """Share of the layer's output energy that rounding lost: tr(Eᵀ H E) / tr(Wᵀ H W)."""
-    weight = weight.float()
-    error = weight - solution.dequantize()
-    energy = ((hessian @ weight) * weight).sum()
-    lost = ((hessian @ error) * error).sum()
-    return (lost / energy.clamp(min=torch.finfo(torch.float32).tiny)).item()
+def output_losses(weight: Tensor, solutions: Sequence[Solution], hessian: Tensor) -> list[float]:
+    """Share of the layer's output energy that each solution loses: tr(Eᵀ H E) / tr(Wᵀ H W)."""
+    weight = weight.to(hessian.dtype)
+    energy = energies(hessian, weight).sum().clamp(min=torch.finfo(hessian.dtype).tiny)
+    shares = []
+    for solution in solutions:
+        lost = solution.lost
+        if lost is None:
+            lost = energies(hessian, weight - solution.dequantize())
+        shares.append((lost.sum() / energy).item())
+    return shares
 
 
 def _checked(weight: Tensor, group_size: int) -> tuple[Tensor, int]:

@@ -27,6 +27,19 @@ def test_mean_of_outer_products_over_all_tokens(dtype, device, at_once, monkeypa
         assert torch.equal(mean, mean.T)
 
 
+@pytest.mark.parametrize("at_once", [24, 9])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_energies_are_quadratic_forms(device, at_once, monkeypatch):
+    monkeypatch.setitem(hessian_module.ROWS_AT_ONCE, device, at_once)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(30, 24, generator=generator, dtype=torch.float64)
+    columns = torch.randn(24, 5, generator=generator, dtype=torch.float64)
+    given = columns.to(device)
+    found = hessian_module.energies((tokens.T @ tokens).to(device), given)
+    torch.testing.assert_close(found.cpu(), (tokens @ columns).square().sum(dim=0))
+    assert torch.equal(given.cpu(), columns)  # left as they were
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     inputs = torch.full((5000, 2), 1.0, dtype=torch.bfloat16)
     hessian = Hessian(2)

@@ -220,7 +220,7 @@ def test_results_come_back_as_they_were(group_size, n, tmp_path):
     solution = solver.gptq(weight, torch.eye(128), group_size)
     result = Result(target, solution, "gptq", 0.1, 0.2, 17, 3, 0.25, 1000, "a note")
     store = resume.Store(tmp_path, plan, {})
-    store.write(0, [result])
+    store.write(0, [result], resume.pack_all([result]))
     store = resume.Store(tmp_path, plan, {}, resume=True)
     assert store.count == 1
     (again,) = store.done.results(0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from losses import output_loss
 
 from gptq import robust, solver
 
@@ -22,9 +23,9 @@ def test_the_usual_case_is_the_solver_with_losses():
     assert torch.equal(codes, whole.codes)
     for attempt, part in zip(attempts, parts, strict=True):
         assert attempt.method == "gptq" and attempt.note is None
-        loss = solver.output_loss(part, attempt.solution, hessian)  # from codes and scales alone
-        assert attempt.loss == pytest.approx(loss, rel=1e-5)
-        assert attempt.rtn_loss == solver.output_loss(part, solver.rtn(part, 32), hessian)
+        assert attempt.loss == pytest.approx(output_loss(part, attempt.solution, hessian), rel=1e-5)
+        rounded = output_loss(part, solver.rtn(part, 32), hessian)
+        assert attempt.rtn_loss == pytest.approx(rounded, rel=1e-5)
 
 
 def test_many_outputs_are_solved_in_parts(monkeypatch):

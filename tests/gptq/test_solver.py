@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import output_loss
 
 from gptq import grid, solver
 from gptq.hessian import Hessian
@@ -131,7 +132,7 @@ def test_float32_is_as_good_as_float64():
     exact = solver.gptq(weight, hessian, 64)
     single = solver.gptq(weight.float(), hessian.float(), 64)
     assert (exact.codes == single.codes).float().mean() > 0.97
-    losses = [solver.output_loss(weight, s, hessian.float()) for s in (exact, single)]
+    losses = [output_loss(weight, s, hessian.float()) for s in (exact, single)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
@@ -177,10 +178,10 @@ def test_every_addition_loses_less(group_size):
     for step in [{}, *steps]:
         options |= step
         solution = solver.gptq(weight, hessian, group_size, **options)
-        losses.append(solver.output_loss(weight, solution, hessian))
+        losses.append(output_loss(weight, solution, hessian))
     default = solver.gptq(weight, hessian, group_size)
-    assert solver.output_loss(weight, default, hessian) == losses[5]
-    rtn = solver.output_loss(weight, solver.rtn(weight, group_size), hessian)
+    assert output_loss(weight, default, hessian) == losses[5]
+    rtn = output_loss(weight, solver.rtn(weight, group_size), hessian)
     assert losses[0] < 0.6 * rtn
     assert losses[-1] < 0.75 * losses[0]
     assert all(after <= before * 1.01 for before, after in itertools.pairwise(losses))
@@ -202,7 +203,7 @@ def test_never_worse_than_the_published_algorithm(seed, group_size, spread, tail
     weight[torch.rand(128, 24, generator=generator) < 0.01] *= tail
     weight, hessian = weight.float(), hessian.float()
     losses = [
-        solver.output_loss(weight, solver.gptq(weight, hessian, group_size, **options), hessian)
+        output_loss(weight, solver.gptq(weight, hessian, group_size, **options), hessian)
         for options in ({}, PLAIN)
     ]
     assert losses[0] <= losses[1]
@@ -337,15 +338,17 @@ def test_weights_of_zero_and_beyond_fp16_stay_finite():
     assert (solution.codes[:, 0] == 8).all()
 
 
-def test_output_loss_is_the_share_of_the_outputs_energy():
+def test_output_losses_are_shares_of_the_outputs_energy():
     weight, _ = problem(32, 8, dtype=torch.float32)
     inputs = torch.randn(500, 32, generator=torch.Generator().manual_seed(9))
     hessian = Hessian(32)
     hessian.add(inputs)
-    solution = solver.rtn(weight, 32)
-    lost = (inputs @ (weight - solution.dequantize())).square().sum()
-    expected = (lost / (inputs @ weight).square().sum()).item()
-    assert solver.output_loss(weight, solution, hessian.mean()) == pytest.approx(expected, rel=1e-3)
+    solutions = [solver.rtn(weight, 32), solver.gptq(weight, hessian.mean(), 32)]
+    assert solutions[0].lost is None and solutions[1].lost is not None
+    energy = (inputs @ weight).square().sum()
+    lost = [(inputs @ (weight - s.dequantize())).square().sum() for s in solutions]
+    told = solver.output_losses(weight, solutions, hessian.mean())
+    assert told == pytest.approx([(loss / energy).item() for loss in lost], rel=1e-3)
 
 
 @pytest.mark.parametrize(
