@@ -73,13 +73,15 @@ def caption(result: dict, language: dict, encoder: dict) -> str:
     judged, of = result["judged"], language["default"]
     model, other = of["model"], encoder["default"]
     tokens = [thousands(judged[model][domain]) for domain in DOMAINS]
+    both = thousands(sum(judged[model][domain] for domain in DOMAINS))
     return (
         f"{result['device']['name']}, commit {result['commit']}, "
         f"`{RESULT.relative_to(ROOT)}`. SmolLM2-135M-Instruct, groups of {of['group_size']}, "
-        f"calibrated with {thousands(of['tokens'])} tokens of Python's reference; NLL over "
-        f"{tokens[0]} held-out tokens of it, and {tokens[1]} of the standard library's docstrings, "
-        "which calibration never sees; how much of rounding's loss is closed; the loss of the "
-        "layers on the calibration text, relative to rounding's. all-MiniLM-L6-v2, groups of "
+        f"calibrated with {thousands(of['tokens'])} tokens of Python's reference; NLL over {both} "
+        f"held-out tokens: {tokens[0]} of other topics of it, and {tokens[1]} of the standard "
+        "library's docstrings, which calibration never sees; how much of rounding's loss is "
+        "closed; the loss of the layers on the calibration text, relative to rounding's. "
+        "all-MiniLM-L6-v2, groups of "
         f"{other['group_size']}, {other['samples']} sentences to calibrate with: mean cosine to "
         f"full precision of {judged[other['model']]['reference']} held-out embeddings.\n"
     )

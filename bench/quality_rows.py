@@ -83,4 +83,7 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
     rows += gptq_rows({n: {**PUBLISHED, **o} for n, o in ALONE.items()}, main, 0, tokens)
     for amount in growth[1:-1]:
         rows += gptq_rows(short, main, 0, amount)
+    for seed in SEEDS[1:]:  # all there is would be the same text
+        for amount in growth[:-1]:
+            rows += gptq_rows(short, main, seed, amount)
     return rows

@@ -94,13 +94,15 @@ def test_bootstrap_covers_the_difference():
 
 
 def test_rows_start_with_what_tells_most_and_end_with_all_on():
-    rows = quality_rows.matrix([64, 32, -1], 24_576, (12_288, None))
+    rows = quality_rows.matrix([64, 32, -1], 24_576, (12_288, 49_152, None))
     assert [row.name for row in rows[:4]] == ["RTN", "published", "plain clip", "default"]
     assert len(rows) == len(set(rows))
     together = [dict(row.options) for row in rows if row.name == "+ refit"]
     default = solver.gptq.__kwdefaults__
     assert all(default[name] == value for name, value in together[0].items() if name != "guard")
-    assert {row.seed for row in rows if row.name == "default"} == {0, 1, 2}
+    for tokens in (12_288, 24_576, 49_152):
+        seeds = {r.seed for r in rows if (r.name, r.tokens) == ("default", tokens)}
+        assert seeds == {0, 1, 2}
     assert {row.group_size for row in rows} == {64, 32, -1}
 
 
