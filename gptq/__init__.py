@@ -2,7 +2,10 @@
 
 hessian      second moments of a layer's inputs          (tensors only)
 grid         the 4-bit grid and the search for scales    (tensors only)
-solver       GPTQ and round-to-nearest                   (tensors only)
+order        which inputs are rounded first              (tensors only)
+columns      the loop over a segment's inputs            (tensors only)
+refine       better scales and codes once all are known  (tensors only)
+solver       GPTQ and round-to-nearest, out of these     (tensors only)
 calibration  text to samples
 plan         which layers get quantized
 record       what a model hands its layers
