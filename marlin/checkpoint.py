@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Set
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from marlin import formats, integrations
 from marlin.experts import take_apart
+from marlin.formats.marlin import FORMAT_VERSION
 from marlin.layer import (
     SCALE_DTYPES,
     DenseLayer,
@@ -31,6 +32,7 @@ from marlin.layer import (
     dense_layers,
     dense_weight,
 )
+from marlin.ops import TILE_ROWS
 from marlin.quantized import LARGEST_ZERO
 from marlin.shards import (
     CONFIG,
@@ -44,7 +46,6 @@ from marlin.shards import (
 )
 from marlin.sources import Source, open_source
 
-FORMAT_VERSION = 1
 OPTIONAL_PARTS = ("zeros", "perm")  # of a packed layer, whose words mean nothing without them
 
 
@@ -93,42 +94,18 @@ def quantization_config(model: nn.Module) -> dict:
 
 def describe_layers(model: nn.Module, layers: dict[str, PackedModule]) -> dict:
     """The `quantization_config` of a model with these layers, from their shapes alone."""
-    sizes = group_sizes(layers)
-    usual = Counter(sizes.values()).most_common(1)[0][0]
-    lacks = {
-        part: sorted(name for name, layer in layers.items() if getattr(layer, part) is None)
-        for part in OPTIONAL_PARTS
+    summaries = {
+        name: formats.LayerSummary(
+            layer.B.shape[0] * TILE_ROWS,
+            layer.columns,
+            layer.s.shape[0],
+            layer.zeros is not None,
+            layer.perm is not None,
+        )
+        for name, layer in layers.items()
     }
-    config = {
-        "quant_method": "marlin",
-        "bits": 4,
-        "group_size": usual,
-        "sym": len(lacks["zeros"]) == len(layers),
-        "modules_to_not_convert": sorted({dense.name for dense in dense_layers(model)}),
-        "format_version": FORMAT_VERSION,
-    }
-    others = {name: size for name, size in sizes.items() if size != usual}
-    if others:
-        config["group_size_overrides"] = others
-    if len(lacks["perm"]) < len(layers):
-        config["desc_act"] = True
-    for part, names in lacks.items():
-        if 0 < len(names) < len(layers):
-            config[f"modules_without_{part}"] = names
-    narrow = {name: getattr(layer, "out_features", None) for name, layer in layers.items()}
-    narrow = {name: n for name, n in narrow.items() if n and n != layers[name].s.shape[1]}
-    config["out_features"] = narrow  # for those who read without the model
-    return config
-
-
-def group_sizes(layers: dict[str, PackedModule]) -> dict[str, int]:
-    """For each layer the rows that share a scale; -1 for one scale per column.
-
-    One group of all k rows is both: it counts as the size that other layers have, if it is k.
-    """
-    return formats.group_sizes(
-        {name: (layer.B.shape[0] * 16, layer.s.shape[0]) for name, layer in layers.items()}
-    )
+    dense = {layer.name for layer in dense_layers(model)}
+    return formats.WRITERS["marlin"].config(summaries, sorted(dense))
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -133,9 +133,8 @@ def install(stage: Path, target: Path) -> None:
     new = {path.name for path in stage.iterdir()}
     old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
     aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
-    config_last = lambda name: name == "config.json"  # noqa: E731
-    moves = [(target / name, aside / name) for name in sorted(old, key=config_last, reverse=True)]
-    moves += [(stage / name, target / name) for name in sorted(new, key=config_last)]
+    moves = [(target / name, aside / name) for name in sorted(old, key=CONFIG.__ne__)]
+    moves += [(stage / name, target / name) for name in sorted(new, key=CONFIG.__eq__)]
     done = []
     try:
         for source, destination in moves:

@@ -158,11 +158,8 @@ class MarlinReader(WordsReader):
         k, n = self.shape(layer, words)
         groups = check_scales(layer, s, n)
         check_group_size(layer, self.size_of(layer), k, groups)
-        zeros, order, g_idx = (
-            self.part(layer, "zeros", parts),
-            self.part(layer, "perm", parts),
-            None,
-        )
+        zeros, order = (self.part(layer, name, parts) for name in ("zeros", "perm"))
+        g_idx = None
         if zeros is not None:
             expect_shape(f"{layer}.zeros", zeros, (groups, n))
             if zeros.dtype is not torch.uint8 or bool((zeros > 16).any()):
