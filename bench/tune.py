@@ -47,7 +47,7 @@ def run_counts(shape: dict, k: int, n: int, m: int, sm_count: int) -> list[int]:
     sm_count //= shape["twins"]
     slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
     tiles = slices * -(-k // shape["depth"])
-    most = min(sm_count * shape["ctas"], tiles)
+    most = min(sm_count, tiles)
     counts = {sm_count} | {slices * split for split in (3, 6, 8)}
     if slices > sm_count:
         counts.add(-(-slices // -(-slices // sm_count)))

@@ -159,7 +159,7 @@ Problem make_problem(int64_t m, int64_t n, int64_t k, int64_t group_size) {
 // The kernel configurations: name -> engine, and what a CTA is.
 py::dict kernel_shapes() {
   py::dict shapes;
-  auto add = [&](const KernelConfig& config, const char* engine, int threads, int ctas) {
+  auto add = [&](const KernelConfig& config, const char* engine, int threads) {
     const TileShape tile = tile_shape(config);
     py::dict entry;
     entry["engine"] = engine;
@@ -167,7 +167,6 @@ py::dict kernel_shapes() {
     entry["columns"] = tile.columns;
     entry["depth"] = tile.depth;
     entry["threads"] = threads;
-    entry["ctas"] = ctas;                  // per SM
     entry["twins"] = ctas_of_run(config);  // CTAs of a run
     entry["shared_bytes"] = shared_bytes(config);
     entry["spills_on_8x"] =
@@ -175,9 +174,9 @@ py::dict kernel_shapes() {
     shapes[py::str(std::string(shape_name(config)))] = entry;
   };
   for (size_t i = 0; i < kSm80Shapes.size(); ++i)
-    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads(), 1);
+    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads());
   for (size_t i = 0; i < kSm90Shapes.size(); ++i)
-    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads(), kSm90Shapes[i].shape.ctas);
+    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads());
   return shapes;
 }
 

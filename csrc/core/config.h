@@ -66,7 +66,6 @@ constexpr size_t sm80_index(std::string_view name) {
 //   depth     rows of W in a stage: the tile that partitions count
 //   sets      of consumer warpgroups; each takes every sets-th stage
 //   blocks    of 16 columns that a warp works on
-//   ctas      per SM that registers are planned for
 //   twins     CTAs side by side, a cluster, that work on the same rows and share each copy of X
 //
 // With mma.sync a set is one warpgroup, which shares out a stage of 128 x 256 weights or the like:
@@ -80,7 +79,6 @@ struct Sm90Shape {
   int sets;
   int blocks;
   int stages;
-  int ctas = 1;
   int twins = 1;
 
   constexpr int set_warpgroups() const { return wgmma ? columns / (64 * blocks) : 1; }
@@ -107,7 +105,7 @@ struct NamedSm90Shape {
 inline constexpr std::array kSm90Shapes{
     NamedSm90Shape{"h8x256x128x2", {false, 8, 256, 128, 2, 4, 8}},
     NamedSm90Shape{"h8x128x256x2", {false, 8, 128, 256, 2, 4, 8}},
-    NamedSm90Shape{"h8x64x512x1", {false, 8, 64, 512, 1, 4, 4, 2}},
+    NamedSm90Shape{"h8x64x512x1", {false, 8, 64, 512, 1, 4, 4}},
     NamedSm90Shape{"h16x256x128x2", {false, 16, 256, 128, 2, 4, 8}},
     NamedSm90Shape{"h16x128x256x2", {false, 16, 128, 256, 2, 4, 6}},
     NamedSm90Shape{"h16x64x512x2", {false, 16, 64, 512, 2, 4, 4}},
@@ -125,7 +123,7 @@ inline constexpr std::array kSm90Shapes{
     NamedSm90Shape{"h128x128x128x2", {true, 128, 128, 128, 1, 1, 5}},
     NamedSm90Shape{"h192x128x128x2", {true, 192, 128, 128, 1, 1, 3}},
     NamedSm90Shape{"h256x128x64x2", {true, 256, 128, 64, 1, 1, 5}},
-    NamedSm90Shape{"hh256x256x64x4", {true, 256, 128, 64, 1, 1, 5, 1, 2}},
+    NamedSm90Shape{"hh256x256x64x4", {true, 256, 128, 64, 1, 1, 5, 2}},
 };
 
 constexpr size_t sm90_index(std::string_view name) {

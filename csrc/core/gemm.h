@@ -33,14 +33,14 @@ struct Workspace {
 
 // A slice of Y, from its number: its first strip of 64 columns and its first row.
 struct Slice {
-  int64_t strip;
-  int64_t first_row;
+  int strip;
+  int first_row;
 
   // Slices are `rows` by `strips` strips of 64 columns.
   constexpr Slice(const Raster& raster, int64_t slice, int rows, int strips) {
     const Raster::Place place = raster.place_of(static_cast<uint32_t>(slice));
-    strip = int64_t{place.strip} * strips;
-    first_row = int64_t{place.row_tile} * rows;
+    strip = static_cast<int>(place.strip) * strips;
+    first_row = static_cast<int>(place.row_tile) * rows;
   }
 };
 

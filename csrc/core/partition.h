@@ -20,9 +20,10 @@
 
 namespace marlin {
 
-// The part of a slice that one run covers: tiles [first, last) of the slice.
+// The part of a slice that one run covers: tiles [first, last) of the slice. (32 bits number the slices
+// of any Y that a GPU could hold.)
 struct Segment {
-  int64_t slice = 0;
+  int slice = 0;
   int first = 0;
   int last = 0;
 
@@ -121,7 +122,7 @@ class SegmentWalk {
     left_ = static_cast<int>(partition_.line_begin(run_ + 1) - begin);
     const int64_t slice = Partition::quotient(begin, partition_.depth);
     const int first = static_cast<int>(begin - slice * partition_.depth);
-    segment_ = {partition_.dealt + slice, first, end_of(first)};
+    segment_ = {static_cast<int>(partition_.dealt + slice), first, end_of(first)};
   }
 
   constexpr int end_of(int first) const {

@@ -61,8 +61,8 @@ __device__ void store_four(const GemmParams& params, int64_t row, int64_t column
 
 // The first column and row of Y in a slice.
 struct SliceOrigin {
-  int64_t row;
-  int64_t column;
+  int row;
+  int column;
 };
 
 // The part of a tile's rows, of which there are kCopies to add, that one of kThreads threads brings to

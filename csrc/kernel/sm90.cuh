@@ -156,7 +156,7 @@ class WgmmaConsumer {
   // Everything is in `sums`, and no stage is held.
   __device__ void finish(Sm90Shared<kShape>& shared) {
     ptx::wgmma_wait<0>();
-    release(shared);
+    give_back(shared, held_, me_.lane);
     held_ = -1;
     if constexpr (kGroups > 0) change_unit(0);
   }
@@ -184,7 +184,7 @@ class WgmmaConsumer {
         scales = Scales(scales_of(shared, slot, tile / kGroupTiles).words);
       multiply_tile(words, scales, columns_of(x, tile));
       words = next;
-      if (tile == kReleaseTile && first_pass) release(shared);
+      if (tile == kReleaseTile && first_pass) give_back(shared, held_, me_.lane);
     }
   }
 
@@ -220,10 +220,6 @@ class WgmmaConsumer {
       for (int batch = 0; batch < kBatches; ++batch)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums.values[block][batch].values[i] *= factor;
-  }
-
-  __device__ void release(Sm90Shared<kShape>& shared) {
-    if (held_ >= 0) give_back(shared, held_, me_.lane);
   }
 
   const Consumer<kShape>& me_;
@@ -294,16 +290,15 @@ __device__ void consume(Sm90Shared<kShape>& shared, const LaunchParams& params, 
 // Registers of a thread: as launched, then of the feeding and of the consuming warpgroups.
 template <Sm90Shape kShape>
 struct Registers {
-  static constexpr int kLaunched = 65536 / kShape.ctas / kShape.threads() / 8 * 8;
-  static constexpr int kFeed = kShape.ctas == 1 ? 56 : 48;
+  static constexpr int kLaunched = 65536 / kShape.threads() / 8 * 8;
+  static constexpr int kFeed = 56;
   static constexpr int kSpare = (kLaunched - kFeed) / kShape.consumers() / 8 * 8;
   static constexpr int kConsume = kLaunched + kSpare < 240 ? kLaunched + kSpare : 240;
 };
 
 // Templated on the index of its shape: nvcc 13.0 cannot name a kernel by a class-type argument.
 template <size_t kIndex, typename Half, int kGroups>
-__global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(),
-                                  kSm90Shapes[kIndex].shape.ctas)
+__global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(), 1)
     sm90_kernel(const __grid_constant__ LaunchParams params,
                 const __grid_constant__ CUtensorMap x_map) {
   constexpr Sm90Shape kShape = kSm90Shapes[kIndex].shape;

@@ -113,7 +113,7 @@ __device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams&
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
       const int column = tile * kShape.depth + panel * kPanelColumns;
-      const int row = static_cast<int>(slice.first_row);
+      const int row = slice.first_row;
       if constexpr (kShape.twins == 1) {
         ptx::tensor_copy(shared.activations[slot][panel], &x_map, column, row, &shared.full[slot]);
       } else {

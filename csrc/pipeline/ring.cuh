@@ -45,13 +45,15 @@ __device__ inline void arrive_together(ptx::Mbarrier* barrier, int lane) {
   if (lane < kWarpArrivals) ptx::mbarrier_arrive(barrier);
 }
 
-// By a consumer warp: it needs the stage no more. Twins fill it together, so both hear.
+// By a consumer warp: it needs the stage no more; none if `slot` is negative. Twins fill it together,
+// so both hear. (The only branch is around the arrival: wgmma products may be under way.)
 template <Sm90Shape kShape>
 __device__ void give_back(Sm90Shared<kShape>& shared, int slot, int lane) {
-  arrive_together(&shared.empty[slot], lane);
+  __syncwarp();  // every lane has read what it needs
+  if (slot < 0 || lane >= kWarpArrivals) return;
+  ptx::mbarrier_arrive(&shared.empty[slot]);
   if constexpr (kShape.twins > 1)
-    if (lane < kWarpArrivals)
-      ptx::mbarrier_signal_remote(&shared.empty[slot], ptx::cluster_rank() ^ 1);
+    ptx::mbarrier_signal_remote(&shared.empty[slot], ptx::cluster_rank() ^ 1);
 }
 
 template <Sm90Shape kShape>

@@ -178,6 +178,9 @@ Dtype check_value_type(const char* op, const Tensor& s, std::optional<ScalarType
   return *type;
 }
 
+// The kernels count rows and columns in 32 bits.
+constexpr int64_t kMostCudaSide = int64_t{1} << 30;
+
 MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor& s,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& zeros,
                   const std::optional<std::string>& weight_type) {
@@ -204,6 +207,9 @@ MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor
     call.bias = bias->const_data_ptr();
     call.bias_dtype = *type;
   }
+  if (is_cuda(a) && (call.problem.m > kMostCudaSide || call.problem.n > kMostCudaSide))
+    fail(op, "a", join("at most ", kMostCudaSide, " rows and columns of the product on CUDA"),
+         join("(", call.problem.m, ", ", call.problem.n, ")"));
   read_in_place_or_copy(a, call);
   return call;
 }

@@ -1,4 +1,4 @@
-"""The order of slices, brute-forced on the CPU: it is constexpr C++ that the kernels run unchanged."""
+"""The order of slices, brute-forced on the CPU; kernels run the same C++."""
 
 import itertools
 

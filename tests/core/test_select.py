@@ -77,4 +77,4 @@ def test_names_say_the_shape():
         said = tuple(map(int, name.lstrip("h").split("x")))
         assert name.startswith("h") == (shape["engine"] == "sm90")
         assert said[:3] == tuple(shape[part] for part in ("rows", "columns", "depth"))
-        assert shape["threads"] <= 640 and shape["ctas"] in (1, 2)
+        assert shape["threads"] <= 640 and shape["twins"] == (2 if name.startswith("hh") else 1)

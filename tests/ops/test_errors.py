@@ -160,3 +160,11 @@ def test_random_invalid_calls(data):
     else:
         assert y.shape == (*a.shape[:-1], b.shape[1] // 2)
         assert (y == 0).all()
+
+
+@pytest.mark.gpu
+def test_more_rows_than_kernels_count():
+    call = valid_call("cuda")
+    call["a"] = call["a"][:1].expand(2**30 + 1, -1)
+    with pytest.raises(RuntimeError, match="a: expected at most 1073741824 rows and columns"):
+        ops.matmul(**call)
