@@ -40,11 +40,13 @@ struct Sharing {
   constexpr bool operator==(const Sharing&) const = default;
 };
 
+inline constexpr int kMostRuns = 65535;  // that share the line
+
 struct Partition {
   int64_t slices;
   int depth;  // tiles per slice
   int runs;
-  int64_t dealt;      // slices that go whole to the runs in turn
+  int dealt;          // slices that go whole to the runs in turn
   int line_runs;      // the first so many runs share the line: no more than it has tiles
   int64_t run_tiles;  // of each of them, before what is left is shared out
   int left;
@@ -53,7 +55,7 @@ struct Partition {
       : slices(slices),
         depth(depth),
         runs(runs),
-        dealt(slices / runs * runs),
+        dealt(static_cast<int>(slices / runs * runs)),
         line_runs(line_tiles() < runs ? static_cast<int>(line_tiles()) : runs),
         run_tiles(line_runs == 0 ? 0 : line_tiles() / line_runs),
         left(line_runs == 0 ? 0 : static_cast<int>(line_tiles() % line_runs)) {}
@@ -61,10 +63,11 @@ struct Partition {
   constexpr int64_t tiles() const { return slices * depth; }
   constexpr int64_t line_tiles() const { return (slices - dealt) * depth; }
 
-  // line_tiles() · run / line_runs, rounded down.
+  // line_tiles() · run / line_runs, rounded down. Runs are at most kMostRuns, so 32 bits do for what
+  // needs a division, which is slow with 64.
   constexpr int64_t line_begin(int run) const {
     if (run >= line_runs) return line_tiles();
-    return run * run_tiles + quotient(int64_t{run} * left, line_runs);
+    return run * run_tiles + static_cast<uint32_t>(run) * left / line_runs;
   }
 
   // All tiles of a run.
@@ -98,8 +101,8 @@ class SegmentWalk {
  public:
   // `partition` must outlive the walk.
   constexpr SegmentWalk(const Partition& partition, int run)
-      : partition_(partition), run_(run), segment_{run, 0, partition.depth} {
-    if (partition.dealt == 0) enter_line();
+      : partition_(partition), run_(run), segment_{run - partition.runs, 0, 0} {
+    next();
   }
 
   constexpr explicit operator bool() const { return segment_.last > segment_.first; }
@@ -107,31 +110,30 @@ class SegmentWalk {
   constexpr const Segment* operator->() const { return &segment_; }
 
   constexpr void next() {
-    if (segment_.slice >= partition_.dealt) {
-      left_ -= segment_.last - segment_.first;
-      segment_ = {segment_.slice + 1, 0, end_of(0)};
+    if (segment_.slice < partition_.dealt) {
+      segment_ = {segment_.slice + partition_.runs, 0, partition_.depth};
+      if (segment_.slice < partition_.dealt) return;
+      const int64_t begin = partition_.line_begin(run_);
+      left_ = static_cast<int>(partition_.line_begin(run_ + 1) - begin);
+      const auto slice = static_cast<uint32_t>(begin) / static_cast<uint32_t>(partition_.depth);
+      segment_.slice = static_cast<int>(partition_.dealt + slice);
+      segment_.first = static_cast<int>(begin - int64_t{slice} * partition_.depth);
     } else {
-      segment_.slice += partition_.runs;
-      if (segment_.slice >= partition_.dealt) enter_line();
+      segment_.slice += 1;
+      segment_.first = 0;
     }
+    segment_.last = end_of(segment_.first);
+    left_ -= segment_.last - segment_.first;
   }
 
  private:
-  constexpr void enter_line() {
-    const int64_t begin = partition_.line_begin(run_);
-    left_ = static_cast<int>(partition_.line_begin(run_ + 1) - begin);
-    const int64_t slice = Partition::quotient(begin, partition_.depth);
-    const int first = static_cast<int>(begin - slice * partition_.depth);
-    segment_ = {static_cast<int>(partition_.dealt + slice), first, end_of(first)};
-  }
-
   constexpr int end_of(int first) const {
     return left_ < partition_.depth - first ? first + left_ : partition_.depth;
   }
 
   const Partition& partition_;
   int run_;
-  int left_ = 0;  // tiles of the line from this segment on
+  int left_ = 0;  // tiles of the line after this segment
   Segment segment_;
 };
 

@@ -205,7 +205,8 @@ std::optional<KernelConfig> parse_config(std::string_view name, const Problem& p
   config.runs = runs_by_rule(problem, config, device);
   if (at == std::string_view::npos) return config;
   const auto runs = parse_number(name.substr(at + 1));
-  if (!runs || *runs < 1 || *runs > partition_of(problem, config).tiles()) return std::nullopt;
+  const int64_t most = std::min<int64_t>(partition_of(problem, config).tiles(), kMostRuns);
+  if (!runs || *runs < 1 || *runs > most) return std::nullopt;
   config.runs = *runs;
   return config;
 }
