@@ -133,14 +133,14 @@ Raster raster_of(const Problem& problem, const KernelConfig& config) {
 int runs_by_rule(const Problem& problem, const KernelConfig& config, const Device& device) {
   const Partition whole = partition_of(problem, config);
   const int64_t ctas = device.sm_count / ctas_of_run(config);
-  auto fills = [&](int64_t runs) { return runs * 100 >= ctas * 84; };
+  auto fills = [&](int64_t runs, int percent) { return runs * 100 >= ctas * percent; };
   if (whole.slices <= ctas) {
     const int64_t even = ctas / whole.slices * whole.slices;
-    if (fills(even) && even <= whole.tiles()) return static_cast<int>(even);
+    if (fills(even, 84) && even <= whole.tiles()) return static_cast<int>(even);
   } else {
     const int64_t waves = (whole.slices + ctas - 1) / ctas;
     const int64_t even = (whole.slices + waves - 1) / waves;
-    if (config.engine == Engine::kSm90 && fills(even)) return static_cast<int>(even);
+    if (config.engine == Engine::kSm90 && fills(even, 90)) return static_cast<int>(even);
   }
   return static_cast<int>(std::min<int64_t>(whole.tiles(), ctas));
 }
