@@ -132,7 +132,7 @@ Raster raster_of(const Problem& problem, const KernelConfig& config) {
 
 int runs_by_rule(const Problem& problem, const KernelConfig& config, const Device& device) {
   const Partition whole = partition_of(problem, config);
-  const int64_t ctas = device.sm_count / ctas_of_run(config);
+  const int64_t ctas = std::max(1, device.sm_count / ctas_of_run(config));  // or twins
   auto fills = [&](int64_t runs, int percent) { return runs * 100 >= ctas * percent; };
   if (whole.slices <= ctas) {
     const int64_t even = ctas / whole.slices * whole.slices;

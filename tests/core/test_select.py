@@ -42,6 +42,18 @@ def test_hopper_gets_its_own_engine(group, sm_count):
         assert 1 <= int(runs) <= slices * -(-k // shape["depth"])
 
 
+@pytest.mark.parametrize("sm_count", [1, 3, 15, 131])
+def test_twins_on_any_number_of_sms(sm_count):
+    """Two SMs each: where there are fewer, or one is left over, all the same one run or more."""
+    taken = 0
+    for n, m in itertools.product((4096, 5120, 14336), (256, 1000, 4096, 9000)):
+        name, runs = host.select(m, n, 4096, 128, sm_count, GPUS["H200"][2], major=9).split("@")
+        twins = host.kernel_shapes()[name]["twins"]
+        assert 1 <= int(runs) <= max(1, sm_count // twins)
+        taken += twins == 2
+    assert taken
+
+
 TABLE = Path(__file__).resolve().parents[2] / "csrc/dispatch/sm90_table.def"
 
 
