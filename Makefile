@@ -75,14 +75,17 @@ format: $(ENVIRONMENT)
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-# Without torch's own allocator, which would hide reads past the end of a tensor.
+# Without torch's own allocator, which would hide reads past the end of a tensor. Racecheck has a build
+# of its own, which is slower: however this ends, the usual one is there again.
 sanitize: setup
 	@PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
 	command -v compute-sanitizer > /dev/null || $(call fail,no compute-sanitizer: it comes with the CUDA toolkit); \
 	$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(call fail,no GPU to sanitize on); \
+	build() { MARLIN_RACECHECK=$$1 $(PY) setup.py --quiet build_ext --inplace; }; \
+	trap build EXIT; \
 	for tool in $(SANITIZER_TOOLS); do \
 	  echo "== $$tool"; \
-	  MARLIN_RACECHECK=$$([ $$tool != racecheck ] || echo 1) $(PY) setup.py --quiet build_ext --inplace || exit 1; \
+	  build $$([ $$tool != racecheck ] || echo 1) || exit 1; \
 	  SANITIZER_TOOL=$$tool PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) tests/sanitizer_sweep.py || exit 1; \
 	done

@@ -2,8 +2,8 @@
 
 Protocol (DESIGN §5): random data; weights rotate over at least 256 MB; one CUDA graph of about
 600 us; checked against float64 first; 30 ms idle, then the median of 21 replays, fewer where a
-replay takes longer than 2.4 ms. Two passes over all cells, from few
-rows to many, since those heat the GPU, and back.
+replay takes longer than 2.4 ms. Two passes over all cells: from few rows to many, since those heat
+the GPU, and back.
 """
 
 import sys

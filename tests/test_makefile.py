@@ -105,6 +105,25 @@ def test_arguments_reach_the_commands(tree):
         assert "pip" not in run.stdout.replace("pybind", "")
 
 
+@pytest.mark.parametrize("tools, fails", [("racecheck memcheck", False), ("racecheck", False),
+                                          ("memcheck racecheck", True)])  # fmt: skip
+def test_sanitize_leaves_the_usual_build(tree, tools, fails):
+    """Racecheck's kernels are slower: they must not stay, even where racecheck finds something."""
+    log = tree / "log"
+    scripts = {
+        "python": f'case "$1" in setup.py) echo "build$MARLIN_RACECHECK" >> {log};; esac',
+        "compute-sanitizer": f'echo "$2" >> {log}; [ $2 != racecheck ] || exit {int(fails)}',
+    }
+    for name, script in scripts.items():
+        (tree / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tree / name).chmod(0o755)
+    run = make(tree, "sanitize", f"PYTHON={tree / 'python'}", f"SANITIZER_TOOLS={tools}")
+    assert (run.returncode != 0) == fails, run.stderr
+    steps = {"racecheck": ["build1", "racecheck"], "memcheck": ["build", "memcheck"]}
+    ran = [step for tool in tools.split() for step in steps[tool]]
+    assert log.read_text().split() == ["build", *ran, "build"]
+
+
 def test_ci_runs_make_test():
     path = ROOT / ".ci" / "run"
     assert path.stat().st_mode & 0o111
