@@ -24,12 +24,16 @@ CONFIGS = [None, "reference", *SHAPES]
 PAIRS = os.environ.get("SANITIZER_TOOL") != "racecheck"
 
 
+def slices_of(shape: dict, m: int, n: int) -> int:
+    return -(-n // shape["columns"]) * -(-m // shape["rows"])
+
+
 def named(config: str | None, m: int, k: int, n: int) -> str | None:
     """The configuration, with a number of runs for which CTAs never work in pairs if need be."""
     if PAIRS or config == "reference":
         return config
     shape = SHAPES[config or next(iter(SHAPES))]
-    slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
+    slices = slices_of(shape, m, n)
     tiles = slices * -(-k // shape["depth"])
     runs = min(3 * slices, tiles)
     name = config or next(iter(SHAPES))
@@ -84,6 +88,10 @@ def sweep() -> int:
     deep = Problems(2048, 256, 128, bias=False)
     for config in CONFIGS:
         deep.check(65, named(config, 65, 2048, 256))
+    # Whole slices in turn, what is left shared; the second of the last twins has no columns.
+    wide = Problems(512, 832, 64, bias=False)
+    for name, shape in SHAPES.items():
+        wide.check(65, f"{name}@{slices_of(shape, 65, 832) * 3 // 4}")
     problems = Problems.count
     problems += sweep_columns("cuda")
     torch.cuda.synchronize()
