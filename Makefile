@@ -75,8 +75,8 @@ format: $(ENVIRONMENT)
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-# Without torch's own allocator, which would hide reads past the end of a tensor. Racecheck has a build
-# of its own, which is slower: however this ends, the usual one is there again.
+# Without torch's own allocator, which would hide reads past the end of a tensor. Racecheck has a
+# build of its own, which is slower: however this ends, the usual one is there again.
 sanitize: setup
 	@PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
 	command -v compute-sanitizer > /dev/null || $(call fail,no compute-sanitizer: it comes with the CUDA toolkit); \

@@ -28,7 +28,7 @@ struct GemmParams {
 // What CTAs use to add the sums of a slice they share.
 struct Workspace {
   void* partials;      // [run][piece][thread of a depth group], 16 bytes each
-  uint32_t* counters;  // [run], zero between launches
+  uint32_t* counters;  // [run][team], zero between launches
 };
 
 // A slice of Y, from its number: its first strip of 64 columns and its first row.

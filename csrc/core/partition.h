@@ -1,12 +1,12 @@
 // Who computes what: an equal share of the tiles for every CTA, whatever the shape.
 //
 // The output is cut into slices (a strip of columns by a tile of rows); each slice is `depth` tiles
-// long along k. A CTA takes one run. While there are slices enough for all runs, they are dealt out
-// whole, in turn: at any time all CTAs are in neighbouring slices, at about the same k, so that what
-// they read is in L2. The tiles of the slices left form one line, which is cut into `runs` equal
-// pieces: a run walks down a slice and perhaps on into the next.
+// long along k. A CTA, or two twins (core/config.h), take one run. While there are slices enough
+// for all runs, they are dealt out whole, in turn: at any time all CTAs are in neighbouring slices,
+// at about the same k, so that what they read is in L2. The tiles of the slices left form one line,
+// which is cut into `runs` equal pieces: a run walks down a slice and perhaps on into the next.
 //
-//   slice        0            1            2
+//   slice left   0            1            2
 //   tiles   [ . . . . . ][ . . . . . ][ . . . . . ]
 //   runs    [  0   ][  1    ][  2   ][   3        ]
 //
@@ -99,7 +99,7 @@ struct Partition {
 // Walks over the segments of a run:  for (SegmentWalk walk(p, run); walk; walk.next()) *walk ...
 class SegmentWalk {
  public:
-  // `partition` must outlive the walk.
+  // `partition` must outlive the walk. It begins one step before the first slice, with nothing.
   constexpr SegmentWalk(const Partition& partition, int run)
       : partition_(partition), run_(run), segment_{run - partition.runs, 0, 0} {
     next();

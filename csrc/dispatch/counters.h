@@ -1,8 +1,9 @@
 // Counters for the handover between CTAs: device memory that is zero whenever no kernel uses it.
 //
-// Launches that may run at the same time must not share counters. Those on one stream touch
-// them one after another (a kernel that starts early waits for its predecessors first), so each stream has a slice of its own, for ever. But two graphs captured on one stream may replay at
-// the same time, so each capture has one, too, and gives it back when its graph is destroyed.
+// Launches that may run at the same time must not share counters. Those on one stream touch them
+// one after another (a kernel that starts early waits for its predecessors first), so each stream
+// has a slice of its own, for ever. But two graphs captured on one stream may replay at the same
+// time, so each capture has one, too, and gives it back when its graph is destroyed.
 #pragma once
 
 #include <cuda_runtime_api.h>

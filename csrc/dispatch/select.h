@@ -34,7 +34,8 @@ inline constexpr int64_t kDenseSliceBytes = int64_t{64} << 20;
 int dense_slices_by_rule(const Problem& problem);
 int64_t dense_slice_strips(const Problem& problem, int slices);
 
-// Whether the net is exact enough for scales of ordinary size: FP16 weights cannot hold what BF16 scales can.
+// Whether the net is exact enough for scales of ordinary size: FP16 weights cannot hold what BF16
+// scales can.
 constexpr bool dense_holds_scales(const Problem& problem) {
   return problem.activation != Dtype::kF16 || problem.scale == Dtype::kF16;
 }
@@ -44,10 +45,10 @@ constexpr bool dense_holds_any_scales(const Problem& problem) {
   return problem.activation == Dtype::kBF16;
 }
 
-// "dense", or "dense@3" in so many slices; "16x256x64x4", or "16x256x64x4@96" with the number of runs; or "like:108:166912", whatever is
-// selected on an 8.x GPU with so many SMs and bytes of shared memory per block. Nothing if there is no
-// such shape, it does not fit the device or the problem, or the runs (slices) are not between 1 and
-// the problem's tiles (strips).
+// "dense", or "dense@3" in so many slices; "16x256x64x4", or "16x256x64x4@96" with the number of
+// runs; or "like:108:166912", whatever is selected on an 8.x GPU with so many SMs and bytes of
+// shared memory per block. Nothing if there is no such shape, it does not fit the device or the
+// problem, or the runs (slices) are not between 1 and the problem's tiles or kMostRuns (strips).
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
                                          const Device& device);
 std::string config_name(const KernelConfig& config);  // "16x256x64x4@96"

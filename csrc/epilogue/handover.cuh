@@ -4,8 +4,9 @@
 // counter. The owner waits for the count, adds, and sets the counter back to zero: every launch
 // leaves the counters as it found them.
 //
-// Block b takes run runs - 1 - b. The owner has the lowest run of its slice, so it waits only for
-// blocks of lower index, which were scheduled before it: no deadlock however few CTAs fit the GPU.
+// Block b takes run runs - 1 - b, the twins 2 b and 2 b + 1 do. The owner has the lowest run of its
+// slice, so it waits only for blocks of lower index, which were scheduled before it: no deadlock
+// however few CTAs fit the GPU.
 #pragma once
 
 #include "core/gemm.h"

@@ -1,7 +1,8 @@
 // The producers of the sm_90 engine: what the four warps of the feeding warpgroup do. They walk over
 // all tiles of the CTA's run, wait for a free stage, and fill their part of it:
 //
-//   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside
+//   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside;
+//               of twins each brings half of the rows, to both
 //   warp 1      words, a piece for each row of tiles
 //   warp 2      scales, a piece for each group
 //   warp 3      makes scales ready that will multiply weights
@@ -28,7 +29,6 @@ namespace marlin {
 template <Sm90Shape kShape>
 struct WordPieces {
   const uint32_t* first;
-  int64_t pitch;  // words between rows of tiles
   int rows;
   int bytes;  // of each
 
@@ -38,8 +38,7 @@ struct WordPieces {
     const int64_t rows_left = gemm.k / kTileRows - tile_row;
     const int64_t strips_left = gemm.n / kTileColumns - strip;
     constexpr int kStrips = Sm90Shared<kShape>::kStrips;
-    pitch = words_in_tile_row(gemm.n);
-    first = gemm.words + tile_row * pitch + strip * kTileWords;
+    first = gemm.words + tile_row * words_in_tile_row(gemm.n) + strip * kTileWords;
     rows = static_cast<int>(rows_left < kTiles ? rows_left : kTiles);
     bytes = static_cast<int>(strips_left < kStrips ? strips_left : kStrips) * kTileWords * 4;
     if (strips_left <= 0) rows = bytes = 0;  // a twin's
@@ -118,6 +117,7 @@ __device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams&
         ptx::tensor_copy(shared.activations[slot][panel], &x_map, column, row, &shared.full[slot]);
       } else {
         constexpr int kHalf = kShape.rows / kShape.twins;
+        static_assert(kShape.twins == 2 && kHalf % 8 == 0, "whole periods of the swizzle");
         const int mine = twin_rank<kShape>() * kHalf;
         ptx::tensor_multicast(shared.activations[slot][panel][mine], &x_map, column, row + mine,
                               &shared.full[slot], 0b11);

@@ -34,8 +34,9 @@ __device__ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
       : "memory");
 }
 
-// Waits until the phase of this parity (0 for the first) is complete. The hint lets a thread sleep for so many ns instead of asking again and again,
-// which would take issue slots and power from the others.
+// Waits until the phase of this parity (0 for the first) is complete. The hint lets a thread sleep
+// for so many ns instead of asking again and again, which would take issue slots and power from the
+// others.
 __device__ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   constexpr uint32_t kSleep = 10'000'000;
   asm volatile(
