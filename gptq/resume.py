@@ -51,14 +51,16 @@ class Store:
         if restart:
             self.remove()
         manifest = self.folder / MANIFEST
-        self.count = self._finished() if manifest.exists() else 0  # layers that need no more work
-        if self.count and not resume:
+        # Whatever they hold: layers of another plan must not be mixed with this one's.
+        left = len(list(self.folder.glob("layer-*.safetensors"))) if manifest.exists() else 0
+        if left and not resume:
             raise ResumeError(
-                f"{self.folder}: an earlier run finished {self.count} of {len(plan.blocks)} "
+                f"{self.folder}: an earlier run finished {left} of {len(plan.blocks)} "
                 "layers; --resume goes on after them, --restart throws them away"
             )
-        if self.count:
+        if left:
             _compare(_read(manifest), pins, self.folder)
+        self.count = self._finished() if left else 0  # layers that need no more work
         self._manifest = json.dumps(pins, indent=1) + "\n"
 
     @property

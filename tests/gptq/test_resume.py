@@ -188,6 +188,26 @@ def test_layers_that_are_damaged_are_made_again(work, capsys):
     same_checkpoints(work / "whole", work / "damaged")
 
 
+def test_layers_of_another_plan_are_not_taken_for_its_own(tmp_path):
+    """Even where the first layer has other linears than theirs, so that none counts as finished."""
+
+    def store(names, **more):
+        targets = [[Target(name, 64, 64)] for name in names]
+        return resume.Store(tmp_path, Plan(32, ["0", "1"], targets), {"layers": names}, **more)
+
+    before = store(["0.a", "1.a"])
+    for index in range(2):
+        target = before.plan.targets[index][0]
+        result = Result(target, solver.rtn(torch.randn(64, 64), 32), "rtn")
+        before.write(index, [result], resume.pack_all([result]))
+    with pytest.raises(resume.ResumeError, match="finished 2 of 2 layers"):
+        store(["0.b", "1.a"])
+    with pytest.raises(resume.ResumeError, match="layers was"):
+        store(["0.b", "1.a"], resume=True)
+    assert store(["0.a", "1.a"], resume=True).count == 2
+    assert store(["0.b", "1.a"], restart=True).count == 0
+
+
 def test_resume_without_anything_to_resume_starts(work, capsys):
     assert quantize(work, "fresh", "--resume") == 0
     assert "Going on" not in capsys.readouterr().out
