@@ -40,15 +40,21 @@ struct Sharing {
   constexpr bool operator==(const Sharing&) const = default;
 };
 
-inline constexpr int kMostRuns = 65535;  // that share the line
+// That share the line: so few that 32 bits hold its tiles, and all but a rare product of them. GPUs
+// divide 64-bit numbers slowly, and have few registers left where a walk goes on.
+inline constexpr int kMostRuns = 4096;
+
+// That share a slice which is left after whole ones: its owner adds what the others have one after the
+// other, 128 KB each. (What was measured on an H200, and won, shares with up to nine.)
+inline constexpr int kMostSharers = 9;
 
 struct Partition {
   int64_t slices;
   int depth;  // tiles per slice
   int runs;
-  int dealt;          // slices that go whole to the runs in turn
-  int line_runs;      // the first so many runs share the line: no more than it has tiles
-  int64_t run_tiles;  // of each of them, before what is left is shared out
+  int dealt;      // slices that go whole to the runs in turn
+  int line_runs;  // the first so many runs share the line
+  int run_tiles;  // of each of them, before what is left is shared out
   int left;
 
   constexpr Partition(int64_t slices, int depth, int runs)
@@ -56,40 +62,44 @@ struct Partition {
         depth(depth),
         runs(runs),
         dealt(static_cast<int>(slices / runs * runs)),
-        line_runs(line_tiles() < runs ? static_cast<int>(line_tiles()) : runs),
+        line_runs(most_line_runs()),
         run_tiles(line_runs == 0 ? 0 : line_tiles() / line_runs),
-        left(line_runs == 0 ? 0 : static_cast<int>(line_tiles() % line_runs)) {}
+        left(line_runs == 0 ? 0 : line_tiles() % line_runs) {}
 
   constexpr int64_t tiles() const { return slices * depth; }
-  constexpr int64_t line_tiles() const { return (slices - dealt) * depth; }
+  constexpr int line_tiles() const { return static_cast<int>(slices - dealt) * depth; }
 
-  // line_tiles() · run / line_runs, rounded down. Runs are at most kMostRuns, so 32 bits do for what
-  // needs a division, which is slow with 64.
-  constexpr int64_t line_begin(int run) const {
-    if (run >= line_runs) return line_tiles();
-    return run * run_tiles + static_cast<uint32_t>(run) * left / line_runs;
+  constexpr int most_line_runs() const {
+    const int left_slices = static_cast<int>(slices - dealt);
+    const int sharers = dealt == 0 ? runs : left_slices * kMostSharers;
+    const int most = sharers < runs ? sharers : runs;
+    return line_tiles() < most ? line_tiles() : most;
+  }
+
+  // line_tiles() · run / line_runs, rounded down.
+  constexpr int line_begin(int run) const {
+    return run < line_runs ? run * run_tiles + run * left / line_runs : line_tiles();
   }
 
   // All tiles of a run.
   constexpr int64_t tiles_of(int run) const {
-    return dealt / runs * depth + line_begin(run + 1) - line_begin(run);
+    return int64_t{dealt / runs} * depth + line_begin(run + 1) - line_begin(run);
   }
 
   // The run that holds a tile of the line: the last one that begins at or before it.
-  constexpr int run_of(int64_t tile) const {
-    return static_cast<int>(quotient((tile + 1) * line_runs - 1, line_tiles()));
+  constexpr int run_of(int tile) const {
+    return static_cast<int>(quotient((int64_t{tile} + 1) * line_runs - 1, line_tiles()));
   }
 
-  constexpr Sharing sharing(int run, int64_t slice) const {
+  constexpr Sharing sharing(int run, int slice) const {
     if (slice < dealt) return {1, 0};
-    const int64_t head_tile = (slice - dealt) * depth;
+    const int head_tile = (slice - dealt) * depth;
     const int head = run_of(head_tile);
     return {run_of(head_tile + depth - 1) - head + 1, run - head};
   }
 
   constexpr bool operator==(const Partition&) const = default;
 
-  // GPUs divide 64-bit numbers slowly, and hardly any line is that long.
   static constexpr int64_t quotient(int64_t a, int64_t b) {
     const bool fit = (static_cast<uint64_t>(a) | static_cast<uint64_t>(b)) >> 32 == 0;
     return fit ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
@@ -101,38 +111,39 @@ class SegmentWalk {
  public:
   // `partition` must outlive the walk. It begins one step before the first slice, with nothing.
   constexpr SegmentWalk(const Partition& partition, int run)
-      : partition_(partition), run_(run), segment_{run - partition.runs, 0, 0} {
+      : partition_(partition), segment_{run - partition.runs, 0, 0} {
     next();
   }
 
-  constexpr explicit operator bool() const { return segment_.last > segment_.first; }
+  constexpr explicit operator bool() const { return segment_.last > 0; }
   constexpr const Segment& operator*() const { return segment_; }
   constexpr const Segment* operator->() const { return &segment_; }
 
+  // Written so that kernels whose registers are all in use need none for it beyond the members.
   constexpr void next() {
-    if (segment_.slice < partition_.dealt) {
-      segment_ = {segment_.slice + partition_.runs, 0, partition_.depth};
-      if (segment_.slice < partition_.dealt) return;
-      const int64_t begin = partition_.line_begin(run_);
-      left_ = static_cast<int>(partition_.line_begin(run_ + 1) - begin);
-      const auto slice = static_cast<uint32_t>(begin) / static_cast<uint32_t>(partition_.depth);
-      segment_.slice = static_cast<int>(partition_.dealt + slice);
-      segment_.first = static_cast<int>(begin - int64_t{slice} * partition_.depth);
-    } else {
-      segment_.slice += 1;
-      segment_.first = 0;
+    const int slice = segment_.slice;
+    if (slice + partition_.runs < partition_.dealt) {
+      segment_ = {slice + partition_.runs, 0, partition_.depth};
+      return;
     }
-    segment_.last = end_of(segment_.first);
-    left_ -= segment_.last - segment_.first;
+    int first = 0;
+    segment_.slice = slice + 1;
+    if (slice < partition_.dealt) {  // on to the line
+      const int run = slice + partition_.runs - partition_.dealt;
+      const int begin = partition_.line_begin(run);
+      left_ = partition_.line_begin(run + 1) - begin;
+      segment_.slice = partition_.dealt + begin / partition_.depth;
+      first = begin % partition_.depth;
+    }
+    const int in_slice = partition_.depth - first;
+    const int tiles = left_ < in_slice ? left_ : in_slice;
+    segment_.first = first;
+    segment_.last = tiles == 0 ? 0 : first + tiles;  // 0: there is none
+    left_ -= tiles;
   }
 
  private:
-  constexpr int end_of(int first) const {
-    return left_ < partition_.depth - first ? first + left_ : partition_.depth;
-  }
-
   const Partition& partition_;
-  int run_;
   int left_ = 0;  // tiles of the line after this segment
   Segment segment_;
 };

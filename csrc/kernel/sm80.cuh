@@ -124,7 +124,6 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
   int slot = 0, free_slot = kShape.stages - 1;
 
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
-    const Sharing sharing = params.partition.sharing(run, segment->slice);
     Sums<kShape.rows_per_warp() / 8> sums;
     // All depth groups take as many turns, the last ones perhaps idle: racecheck counts barriers.
     for (int tile = segment->first; tile < segment->last; tile += kShape.depth_groups) {
@@ -138,6 +137,7 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
     }
 
     const Slice slice(params.raster, segment->slice, kShape.rows, kShape.column_warps);
+    const Sharing sharing = params.partition.sharing(run, segment->slice);
     const SliceHandover<kShape> handover(params.workspace, sharing, run);
     finish_slice<Half, kGroups == 0>(sums, role, shared, free_slot, params.gemm,
                                      {slice.first_row, slice.strip * kTileColumns}, handover);

@@ -1,6 +1,7 @@
 """The partition, brute-forced on the CPU: it is constexpr C++ that the kernels run unchanged."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from marlin import host
 
 
 def check(slices: int, depth: int, runs: int) -> None:
-    """Every tile exactly once, equal shares, whole slices while there are enough for all, and each
-    shared slice's runs in order."""
+    """Every tile exactly once, whole slices while there are enough for all, what is left in equal
+    shares among all runs or nine a slice, and each shared slice's runs in order."""
     covered = np.zeros((slices, depth), np.int32)
     orders: dict[int, list] = {}
-    tiles = slices * depth
+    rounds, left = divmod(slices, runs)
+    sharers = min(runs, left * depth, 9 * left if rounds else runs)
     for run, segments in enumerate(host.partition(slices, depth, runs)):
         length = 0
         for position, (slice_, first, last, contributors, order) in enumerate(segments):
@@ -21,15 +23,17 @@ def check(slices: int, depth: int, runs: int) -> None:
             covered[slice_, first:last] += 1
             length += last - first
             orders.setdefault(slice_, []).append((run, order, contributors, first, last))
-            if position < slices // runs:
+            if position < rounds:
                 assert (slice_, first, last) == (position * runs + run, 0, depth)
                 assert (contributors, order) == (1, 0)
             # After these a run has at most one segment it does not own, its first, and shares what
             # it owns only at its end: that is why one buffer and one counter per run are enough.
-            assert order == 0 or position == slices // runs
+            assert order == 0 or position == rounds
+            assert rounds == 0 or contributors <= 10  # two of them with less than a ninth
             if order == 0 and contributors > 1:
                 assert position == len(segments) - 1
-        assert tiles // runs <= length <= -(-tiles // runs)
+        share = left * depth / sharers if run < sharers else 0
+        assert math.floor(share) <= length - rounds * depth <= math.ceil(share)
     assert (covered == 1).all()
     for parts in orders.values():
         assert [order for _, order, *_ in parts] == list(range(len(parts)))
