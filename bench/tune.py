@@ -2,9 +2,11 @@
 
 Every candidate is timed briefly, those near the best again, the last few in the cold regime of
 `gemm` with their results checked. All of it is written as JSON; `--write` makes the selection table
-of csrc/dispatch from the winners.
+of csrc/dispatch from the winners. A run over some shapes or batch sizes keeps what the committed
+result has of the others.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import torch
 
 from bench.cell import capture_path, our_path
 from bench.incumbents import incumbents_on
-from bench.machine import describe_run
+from bench.machine import describe_run, slug
 from bench.pools import Pools
-from bench.report import number, table, write_result
+from bench.report import RESULTS, number, table, write_result
 from marlin import host
 from marlin.testing.shapes import MODELS
 from marlin.testing.timing import Rates, floor_us, known_rates, packed_bytes, time_graph
@@ -136,12 +138,29 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
     return choose(names, brief, careful)
 
 
+def with_earlier(cells: list[dict], earlier: dict) -> list[dict]:
+    """These cells and those of an earlier result that are not among them, in order, each with its
+    commit. Configurations that are gone are left out, and cells that had no other."""
+    exists = {DENSE, *host.kernel_shapes()}
+    found = {}
+    for cell in earlier["cells"]:
+        us = {name: us for name, us in cell["us"].items() if name.split("@")[0] in exists}
+        if any(not name.startswith(DENSE) for name in us):
+            found[_place(cell)] = {"commit": earlier["commit"], **cell, "us": us}
+    found |= {_place(cell): cell for cell in cells}
+    return [found[place] for place in sorted(found)]
+
+
+def _place(cell: dict) -> tuple[int, int, int]:
+    return cell["k"], cell["n"], cell["m"]
+
+
 def table_text(cells: list[dict], head: dict) -> str:
     """The C++ rows, each with its evidence."""
     lines = [
-        f"// {head['device']['name']}, {head['date'][:10]}, commit {head['commit']}: written by",
-        "// `python -m bench tune --write`. k, n, m up to, shape, runs; us, and the next best.",
-        "// Where the net won (dense, slices), the engine's best follows.",
+        f"// {head['device']['name']}, {head['date'][:10]}, commit {head['commit']} where a row",
+        "// names no other: written by `python -m bench tune --write`. k, n, m up to, shape, runs;",
+        "// us, and the next best. Where the net won (dense, slices), the engine's best follows.",
     ]
     for cell in cells:
         ranked = list(cell["us"].items())
@@ -150,6 +169,8 @@ def table_text(cells: list[dict], head: dict) -> str:
             (name, us), *others = ranked[first:]
             shape, runs = name.split("@")
             evidence = "; ".join([f"{us:.1f}", *(f"{name} {us:.1f}" for name, us in others)])
+            if cell["commit"] != head["commit"]:
+                evidence += f" ({cell['commit']})"
             row = f'{{{cell["k"]}, {cell["n"]}, {cell["m"]}, "{shape}", {runs}}},'
             lines.append(f"{row}  // {evidence}")
     return "\n".join(lines) + "\n"
@@ -157,6 +178,9 @@ def table_text(cells: list[dict], head: dict) -> str:
 
 def run(args) -> int:
     """Measures, prints, writes; 1 if nothing could be measured."""
+    if args.quick and args.write:
+        print("bench tune: expected --quick or --write, both came", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         print("bench tune: expected a Hopper GPU (the 8.x table is not tuned)", file=sys.stderr)
         return 2
@@ -173,8 +197,12 @@ def run(args) -> int:
             names = candidates(k, n, m, head["device"]["sm_count"])
             us = tune_cell(pools, rates, (k, n, m), names)
             floor = floor_us(rates, m, k, n, 128)
-            results.append({"k": k, "n": n, "m": m, "us": us, "floor_us": floor})
-    result = {"bench": "tune", "schema": 1, **head, "cells": results}
+            results.append({"k": k, "n": n, "m": m, "us": us, "floor_us": floor,
+                            "commit": head["commit"]})  # fmt: skip
+    committed = RESULTS / slug(gpu) / "tune.json"
+    partly = bool(args.shapes or args.rows) and not args.quick and committed.exists()
+    kept = with_earlier(results, json.loads(committed.read_text())) if partly else results
+    result = {"bench": "tune", "schema": 1, **head, "cells": kept}
     path = write_result(result, "tune-quick" if args.quick else "tune", args.out)
     print(table(["k", "n", "m", "best", "us", "%floor"], [
         [r["k"], r["n"], r["m"], name := next(iter(r["us"])), number(r["us"][name], 1),
@@ -183,6 +211,6 @@ def run(args) -> int:
     print(f"\nwritten to {path}")
     if args.write:
         target = Path(args.write)
-        target.write_text(table_text(results, head))
+        target.write_text(table_text(kept, head))
         print(f"and {target}")
     return 0 if results else 1

@@ -4,7 +4,8 @@
 // long along k. A CTA, or two twins (core/config.h), take one run. While there are slices enough
 // for all runs, they are dealt out whole, in turn: at any time all CTAs are in neighbouring slices,
 // at about the same k, so that what they read is in L2. The tiles of the slices left form one line,
-// which is cut into `runs` equal pieces: a run walks down a slice and perhaps on into the next.
+// which is cut into equal pieces, one for each run, or for as many as may share so few slices: a run
+// walks down a slice and perhaps on into the next.
 //
 //   slice left   0            1            2
 //   tiles   [ . . . . . ][ . . . . . ][ . . . . . ]

@@ -1,16 +1,17 @@
 """The search for the fastest configurations, with made-up times."""
 
-import re
+import json
 from pathlib import Path
 
 import pytest
 
-from bench import tune
+from bench import cli, tune
 from marlin import host
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(3584, 512), (4096, 4096), (8192, 57344), (16384, 16896)]
 HEAD = {"device": {"name": "NVIDIA H200"}, "date": "2026-11-21", "commit": "abc"}
+CELL = {"k": 64, "n": 128, "m": 8, "commit": "abc"}
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)
@@ -72,7 +73,7 @@ def test_the_net_never_stands_alone():
     times = {"dense@1": 1.0, "dense@2": 1.1, "dense@4": 1.2, "x@1": 9.0, "y@1": 8.0}
     us = tune.choose(list(times), times.get, times.get)
     assert list(us) == ["dense@1", "dense@2", "dense@4", "y@1"]
-    text = tune.table_text([{"k": 64, "n": 128, "m": 512, "us": us}], HEAD)
+    text = tune.table_text([{**CELL, "m": 512, "us": us}], HEAD)
     rows = [line for line in text.splitlines() if not line.startswith("//")]
     assert rows == [
         '{64, 128, 512, "dense", 1},  // 1.0; dense@2 1.1; dense@4 1.2; y@1 8.0',
@@ -81,19 +82,39 @@ def test_the_net_never_stands_alone():
 
 
 def test_the_engine_needs_one_row():
-    text = tune.table_text([{"k": 64, "n": 128, "m": 8, "us": {"x@3": 2.0, "dense@1": 3.0}}], HEAD)
+    text = tune.table_text([{**CELL, "us": {"x@3": 2.0, "dense@1": 3.0}}], HEAD)
     assert text.splitlines()[-1] == '{64, 128, 8, "x", 3},  // 2.0; dense@1 3.0'
     assert all(line.startswith(("//", "{64")) for line in text.splitlines())
 
 
+def test_a_run_over_some_cells_keeps_the_others():
+    """What is measured anew replaces what was there; times of shapes that are gone go, too."""
+    shape = next(iter(host.kernel_shapes()))
+    earlier = {"commit": "old", "cells": [
+        {"k": 64, "n": 128, "m": 8, "us": {f"{shape}@1": 3.0, "gone@1": 2.0}},
+        {"k": 64, "n": 128, "m": 16, "us": {f"{shape}@2": 4.0}},
+        {"k": 64, "n": 128, "m": 32, "us": {"gone@1": 4.0, "dense@1": 3.0}},
+        {"k": 64, "n": 64, "m": 8, "us": {f"{shape}@1": 5.0}, "commit": "older"},
+    ]}  # fmt: skip
+    new = {**CELL, "m": 16, "us": {f"{shape}@1": 1.0}}
+    cells = tune.with_earlier([new], earlier)
+    assert [(c["n"], c["m"], c["commit"]) for c in cells] == [
+        (64, 8, "older"), (128, 8, "old"), (128, 16, "abc"),
+    ]  # fmt: skip
+    assert cells[1]["us"] == {f"{shape}@1": 3.0} and cells[2] is new
+    rows = tune.table_text(cells, HEAD).splitlines()[-3:]
+    assert [row.split("// ")[1] for row in rows] == ["5.0 (older)", "3.0 (old)", "1.0"]
+
+
+def test_a_quick_run_makes_no_table(capsys):
+    assert cli.main(["tune", "--quick", "--write"]) == 2
+    assert "expected --quick or --write" in capsys.readouterr().err
+
+
 def test_the_committed_table_is_what_tune_writes():
-    """Rows of shapes that exist; where the net is named, a row of the engine follows."""
+    """From the committed result, whose shapes exist."""
+    result = json.loads((ROOT / "bench/results/nvidia-h200/tune.json").read_text())
+    cells = tune.with_earlier([], result)
+    assert [cell["us"] for cell in cells] == [cell["us"] for cell in result["cells"]]
     text = (ROOT / "csrc/dispatch/sm90_table.def").read_text()
-    pattern = r'^\{(\d+), (\d+), (\d+), "(\w+)", (\d+)\},  // [\d.]+'
-    rows = re.findall(pattern, text, re.MULTILINE)
-    assert len(rows) == len([line for line in text.splitlines() if not line.startswith("//")])
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        if row[3] == tune.DENSE:
-            assert after and after[:3] == row[:3] and after[3] in host.kernel_shapes()
-        else:
-            assert row[3] in host.kernel_shapes()
+    assert text == tune.table_text(cells, result)
