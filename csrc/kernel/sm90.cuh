@@ -323,11 +323,6 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(), 1)
     ptx::take_registers<Registers<kShape>::kConsume>();
     if (kTwins || params.pairs) ptx::cluster_wait();
     consume<Half, kGroups>(shared, params, warp, run);
-    __syncwarp();
-  }
-  if (kTwins) {  // which reach for each other's barriers to the end
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 

@@ -54,20 +54,31 @@ __device__ Slice slice_of_cta(const LaunchParams& params, int64_t index) {
   return slice;
 }
 
-// Calls fill(slice, tile, slot) for every tile of the run, when its stage is free.
+template <Sm90Shape kShape>
+using FeedPlace = RingPlace<kShape.stages, 1>;
+
+// Waits until the stage at `place` is free: whoever used it has given it back.
+template <Sm90Shape kShape>
+__device__ void await_free(Sm90Shared<kShape>& shared, const FeedPlace<kShape>& place) {
+  ptx::mbarrier_wait(&shared.empty[place.slot], place.parity ^ 1);
+}
+
+// Calls fill(slice, tile, slot) for every tile of the run, when its stage is free. Returns where the
+// next one would go.
 template <Sm90Shape kShape, typename Fill>
-__device__ void for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& params, int run,
-                               Fill&& fill) {
-  RingPlace<kShape.stages, 1> place(0);
+__device__ FeedPlace<kShape> for_each_stage(Sm90Shared<kShape>& shared, const LaunchParams& params,
+                                            int run, Fill&& fill) {
+  FeedPlace<kShape> place(0);
 #pragma unroll 1
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
     const Slice slice = slice_of_cta<kShape>(params, segment->slice);
 #pragma unroll 1
     for (int tile = segment->first; tile < segment->last; ++tile, place.advance()) {
-      ptx::mbarrier_wait(&shared.empty[place.slot], place.parity ^ 1);
+      await_free<kShape>(shared, place);
       fill(slice, tile, place.slot);
     }
   }
+  return place;
 }
 
 // A piece for each group of a stage; where W ends scales are zero, since words are anything there.
@@ -101,13 +112,14 @@ __device__ void feed_scales(Sm90Shared<kShape>& shared, const LaunchParams& para
 
 // Twins copy half the rows each, to both.
 template <Sm90Shape kShape>
-__device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams& params,
-                                 const CUtensorMap& x_map, int run) {
+__device__ FeedPlace<kShape> feed_activations(Sm90Shared<kShape>& shared,
+                                              const LaunchParams& params, const CUtensorMap& x_map,
+                                              int run) {
   constexpr int kPanels = Sm90Shared<kShape>::kPanels;
   constexpr int kBytes = kPanels * kShape.rows * kSwizzleChunks * static_cast<int>(sizeof(Chunk));
   ptx::prefetch_tensor_map(&x_map);
   ptx::wait_for_predecessors();
-  for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
+  return for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
     ptx::mbarrier_arrive_expect(&shared.full[slot], kBytes);
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
@@ -124,6 +136,13 @@ __device__ void feed_activations(Sm90Shared<kShape>& shared, const LaunchParams&
       }
     }
   });
+}
+
+// A twin writes into the other's stages and barriers, so neither may go before all of that has arrived.
+// It has when every stage is free once more: both have read it then, and both have said so here.
+template <Sm90Shape kShape>
+__device__ void await_twin(Sm90Shared<kShape>& shared, FeedPlace<kShape> place) {
+  for (int i = 0; i < kShape.stages; ++i, place.advance()) await_free<kShape>(shared, place);
 }
 
 template <Sm90Shape kShape>
@@ -164,9 +183,10 @@ __device__ void feed(Sm90Shared<kShape>& shared, const LaunchParams& params,
       prepare_all_scales<Half, kGroups>(shared, params, run);
   } else if (ptx::elect_one()) {
     if (warp == 0) {
-      feed_activations(shared, params, x_map, run);
+      const auto place = feed_activations(shared, params, x_map, run);
       // The next kernel may start: it finds its place when this CTA goes.
       ptx::launch_dependents();
+      if constexpr (kShape.twins > 1) await_twin(shared, place);
     } else if (warp == 1) {
       feed_words(shared, params, run);
     } else if constexpr (kGroups > 0) {
