@@ -14,7 +14,7 @@ namespace marlin {
 namespace {
 
 using LaunchSm80 = cudaError_t (*)(const LaunchParams&, Dtype, int, cudaStream_t);
-using LaunchSm90 = cudaError_t (*)(const LaunchParams&, const CUtensorMap&, Dtype, int, bool,
+using LaunchSm90 = cudaError_t (*)(const LaunchParams&, const TensorMaps&, Dtype, int, bool,
                                    cudaStream_t);
 
 constexpr auto kSm80Launchers = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
@@ -40,12 +40,14 @@ cudaError_t launch_sm80(const LaunchParams& params, const Problem& problem, size
 cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size_t shape,
                         bool chained, cudaStream_t stream) {
   const Sm90Shape& shape_of = kSm90Shapes[shape].shape;
-  CUtensorMap x_map;
-  const cudaError_t error =
-      describe_activations(params.gemm, problem.activation, shape_of.rows / shape_of.twins, x_map);
+  TensorMaps maps;
+  cudaError_t error = describe_x(params.gemm, problem.activation, shape_of, maps.x);
+  if (error == cudaSuccess) error = describe_words(params.gemm, shape_of, maps.words);
+  if (error == cudaSuccess && !problem.per_column())
+    error = describe_scales(params.gemm, shape_of, maps.scales);
   if (error != cudaSuccess) return error;
   const int groups = problem.per_column() ? 0 : 128 / static_cast<int>(params.gemm.group_rows);
-  return kSm90Launchers[shape](params, x_map, problem.activation, groups, chained, stream);
+  return kSm90Launchers[shape](params, maps, problem.activation, groups, chained, stream);
 }
 
 }  // namespace

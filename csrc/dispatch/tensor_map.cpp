@@ -3,6 +3,7 @@
 #include <array>
 
 #include "format/swizzle.h"
+#include "format/weight_words.h"
 
 namespace marlin {
 namespace {
@@ -24,24 +25,71 @@ Encode find_encode() {
              : nullptr;
 }
 
-}  // namespace
+// A matrix and a box of it. Of the sizes the first is along rows, in elements.
+struct Matrix {
+  CUtensorMapDataType type;
+  const void* data;
+  std::array<int64_t, 2> sizes;
+  int64_t pitch_bytes;  // from row to row
+  std::array<int, 2> box;
+  CUtensorMapSwizzle swizzle;
+  CUtensorMapL2promotion promotion;  // what L2 takes from memory at least
+};
 
-cudaError_t describe_activations(const GemmParams& gemm, Dtype type, int rows, CUtensorMap& map) {
+cudaError_t describe(const Matrix& matrix, CUtensorMap& map) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const auto k = static_cast<cuuint64_t>(gemm.k), m = static_cast<cuuint64_t>(gemm.m);
-  const auto pitch = static_cast<cuuint64_t>(m == 1 ? gemm.k : gemm.x_pitch);
-  const std::array<cuuint64_t, 2> sizes{k, m};
-  const std::array<cuuint64_t, 1> pitch_bytes{2 * pitch};
-  const std::array<cuuint32_t, 2> box{kPanelColumns, static_cast<cuuint32_t>(rows)};
-  const std::array<cuuint32_t, 2> steps{1, 1};
-  const CUresult result = encode(
-      &map,
-      type == Dtype::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<void*>(gemm.x), sizes.data(), pitch_bytes.data(), box.data(), steps.data(),
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const std::array sizes{static_cast<cuuint64_t>(matrix.sizes[0]),
+                         static_cast<cuuint64_t>(matrix.sizes[1])};
+  const std::array pitch{static_cast<cuuint64_t>(matrix.pitch_bytes)};
+  const std::array box{static_cast<cuuint32_t>(matrix.box[0]),
+                       static_cast<cuuint32_t>(matrix.box[1])};
+  constexpr std::array<cuuint32_t, 2> kSteps{1, 1};
+  const CUresult result =
+      encode(&map, matrix.type, 2, const_cast<void*>(matrix.data), sizes.data(), pitch.data(),
+             box.data(), kSteps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, matrix.swizzle,
+             matrix.promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t describe_x(const GemmParams& gemm, Dtype type, const Sm90Shape& shape,
+                       CUtensorMap& map) {
+  const bool f16 = type == Dtype::kF16;
+  return describe({.type = f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                   .data = gemm.x,
+                   .sizes = {gemm.k, gemm.m},
+                   .pitch_bytes = 2 * (gemm.m == 1 ? gemm.k : gemm.x_pitch),
+                   .box = {kPanelColumns, shape.rows / shape.twins},
+                   .swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
+                   .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B},
+                  map);
+}
+
+cudaError_t describe_words(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& map) {
+  static_assert(kTileWords == 2 * kTileColumns, "a column of a row of tiles is 64 bits");
+  return describe({.type = CU_TENSOR_MAP_DATA_TYPE_UINT64,
+                   .data = gemm.words,
+                   .sizes = {gemm.n, gemm.k / kTileRows},
+                   .pitch_bytes = 8 * gemm.n,
+                   .box = {shape.columns, shape.depth / kTileRows},
+                   .swizzle = CU_TENSOR_MAP_SWIZZLE_NONE,
+                   // With 256 bytes m = 1 takes 4 to 8 % longer, in spite of whole lines of 512.
+                   .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B},
+                  map);
+}
+
+cudaError_t describe_scales(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& map) {
+  const int groups = static_cast<int>(shape.depth / gemm.group_rows);
+  return describe({.type = CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                   .data = gemm.scales,
+                   .sizes = {gemm.n, gemm.k / gemm.group_rows},
+                   .pitch_bytes = 2 * gemm.n,
+                   .box = {shape.columns, groups > 1 ? groups : 1},
+                   .swizzle = CU_TENSOR_MAP_SWIZZLE_NONE,
+                   .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B},
+                  map);
 }
 
 }  // namespace marlin

@@ -300,7 +300,7 @@ struct Registers {
 template <size_t kIndex, typename Half, int kGroups>
 __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(), 1)
     sm90_kernel(const __grid_constant__ LaunchParams params,
-                const __grid_constant__ CUtensorMap x_map) {
+                const __grid_constant__ TensorMaps maps) {
   constexpr Sm90Shape kShape = kSm90Shapes[kIndex].shape;
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<Sm90Shared<kShape>*>(memory);
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kSm90Shapes[kIndex].shape.threads(), 1)
   if (warp / 4 == kShape.consumers()) {
     ptx::give_registers<Registers<kShape>::kFeed>();
     if (kTwins) ptx::cluster_wait();
-    feed<Half, kGroups>(shared, params, x_map, warp % 4, run);
+    feed<Half, kGroups>(shared, params, maps, warp % 4, run);
     __syncwarp();
     if (params.pairs) ptx::cluster_wait();
   } else {

@@ -8,7 +8,7 @@
 namespace marlin {
 
 template <size_t kIndex, typename Half, int kGroups>
-cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& x_map, bool chained,
+cudaError_t launch_sm90_instance(const LaunchParams& params, const TensorMaps& maps, bool chained,
                                  cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(kSm90SharedBytes[kIndex]);
   constexpr auto kKernel = sm90_kernel<kIndex, Half, kGroups>;
@@ -27,27 +27,27 @@ cudaError_t launch_sm90_instance(const LaunchParams& params, const CUtensorMap& 
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = params.pairs || kTwins > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kKernel, params, x_map);
+  return cudaLaunchKernelEx(&config, kKernel, params, maps);
 }
 
 template <size_t kIndex, typename Half>
-cudaError_t launch_sm90_groups(const LaunchParams& params, const CUtensorMap& x_map, int groups,
+cudaError_t launch_sm90_groups(const LaunchParams& params, const TensorMaps& maps, int groups,
                                bool chained, cudaStream_t stream) {
   switch (groups) {
-    case 0: return launch_sm90_instance<kIndex, Half, 0>(params, x_map, chained, stream);
-    case 1: return launch_sm90_instance<kIndex, Half, 1>(params, x_map, chained, stream);
-    case 2: return launch_sm90_instance<kIndex, Half, 2>(params, x_map, chained, stream);
-    case 4: return launch_sm90_instance<kIndex, Half, 4>(params, x_map, chained, stream);
+    case 0: return launch_sm90_instance<kIndex, Half, 0>(params, maps, chained, stream);
+    case 1: return launch_sm90_instance<kIndex, Half, 1>(params, maps, chained, stream);
+    case 2: return launch_sm90_instance<kIndex, Half, 2>(params, maps, chained, stream);
+    case 4: return launch_sm90_instance<kIndex, Half, 4>(params, maps, chained, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
 template <size_t kIndex>
-cudaError_t launch_sm90_shape(const LaunchParams& params, const CUtensorMap& x_map,
-                              Dtype activation, int groups, bool chained, cudaStream_t stream) {
+cudaError_t launch_sm90_shape(const LaunchParams& params, const TensorMaps& maps, Dtype activation,
+                              int groups, bool chained, cudaStream_t stream) {
   return activation == Dtype::kF16
-             ? launch_sm90_groups<kIndex, __half>(params, x_map, groups, chained, stream)
-             : launch_sm90_groups<kIndex, __nv_bfloat16>(params, x_map, groups, chained, stream);
+             ? launch_sm90_groups<kIndex, __half>(params, maps, groups, chained, stream)
+             : launch_sm90_groups<kIndex, __nv_bfloat16>(params, maps, groups, chained, stream);
 }
 
 }  // namespace marlin

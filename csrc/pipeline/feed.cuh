@@ -3,8 +3,8 @@
 //
 //   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside;
 //               of twins each brings half of the rows, to both
-//   warp 1      words, a piece for each row of tiles
-//   warp 2      scales, a piece for each group
+//   warp 1      words, a box
+//   warp 2      scales, a box
 //   warp 3      makes scales ready that will multiply weights
 //
 // A predecessor in the stream may still be running when they start (programmatic dependent launch).
@@ -16,34 +16,14 @@
 #pragma once
 
 #include "core/gemm.h"
-#include "format/scale_order.h"
 #include "pipeline/prepare_scales.cuh"
 #include "pipeline/ring.cuh"
+#include "pipeline/tensor_maps.h"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warpgroup.cuh"
 
 namespace marlin {
-
-// The part of a stage of W that exists: whole tiles.
-template <Sm90Shape kShape>
-struct WordPieces {
-  const uint32_t* first;
-  int rows;
-  int bytes;  // of each
-
-  __device__ WordPieces(const GemmParams& gemm, int64_t strip, int tile) {
-    constexpr int kTiles = Sm90Shared<kShape>::kTiles;
-    const int64_t tile_row = int64_t{tile} * kTiles;
-    const int64_t rows_left = gemm.k / kTileRows - tile_row;
-    const int64_t strips_left = gemm.n / kTileColumns - strip;
-    constexpr int kStrips = Sm90Shared<kShape>::kStrips;
-    first = gemm.words + tile_row * words_in_tile_row(gemm.n) + strip * kTileWords;
-    rows = static_cast<int>(rows_left < kTiles ? rows_left : kTiles);
-    bytes = static_cast<int>(strips_left < kStrips ? strips_left : kStrips) * kTileWords * 4;
-    if (strips_left <= 0) rows = bytes = 0;  // a twin's
-  }
-};
 
 // A CTA's part of a slice that it may share with its twin.
 template <Sm90Shape kShape>
@@ -81,43 +61,68 @@ __device__ FeedPlace<kShape> for_each_stage(Sm90Shared<kShape>& shared, const La
   return place;
 }
 
-// A piece for each group of a stage; where W ends scales are zero, since words are anything there.
-template <int kGroups, Sm90Shape kShape>
-__device__ void feed_scales(Sm90Shared<kShape>& shared, const LaunchParams& params, int run) {
-  using Groups = StageGroups<kShape, kGroups>;
+// The rows of tiles of a stage, as far as they exist, one after the other.
+template <Sm90Shape kShape>
+__device__ void copy_word_rows(Sm90Shared<kShape>& shared, const GemmParams& gemm, int strip,
+                               int tile, int slot) {
+  constexpr int kTiles = Sm90Shared<kShape>::kTiles;
   constexpr int kStrips = Sm90Shared<kShape>::kStrips;
-  const GemmParams& gemm = params.gemm;
+  const int64_t first_row = int64_t{tile} * kTiles;
+  const int64_t rows_left = gemm.k / kTileRows - first_row;
+  const int64_t strips_left = gemm.n / kTileColumns - strip;
+  const int strips = static_cast<int>(strips_left < kStrips ? strips_left : kStrips);
+  const int rows = strips <= 0 ? 0 : static_cast<int>(rows_left < kTiles ? rows_left : kTiles);
+  const int bytes = strips * kTileWords * 4;
+  const int64_t pitch = words_in_tile_row(gemm.n);
+  const uint32_t* row = gemm.words + first_row * pitch + int64_t{strip} * kTileWords;
+  ptx::mbarrier_arrive_expect(&shared.full[slot], rows * bytes);
+  for (int i = 0; i < rows; ++i, row += pitch)
+    ptx::bulk_copy(shared.words[slot][i], row, bytes, &shared.full[slot]);
+}
+
+// A box for each stage. One instruction brings it, where rows take one each, 50 to 65 cycles of the lane
+// that issues them. But a box cannot come before its tensor map has, which takes longer than a row, so
+// the first round through the ring goes row by row: that is up to a microsecond of a small layer.
+template <Sm90Shape kShape>
+__device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& params,
+                           const CUtensorMap& map, int run) {
+  constexpr int kTiles = Sm90Shared<kShape>::kTiles;
+  ptx::prefetch_tensor_map(&map);
+  int by_rows = kShape.stages;
   for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
-    const int64_t strips_left = gemm.n / kTileColumns - slice.strip;
-    const int strips = static_cast<int>(strips_left < kStrips ? strips_left : kStrips);
-    const int bytes = strips > 0 ? strips * 128 : 0;  // a twin may have none
-    const int64_t group = int64_t{tile} * kShape.depth / Groups::kGroupRows;
-    const int64_t groups_left = gemm.k / Groups::kGroupRows - group;
-    const int groups =
-        bytes == 0 ? 0
-                   : static_cast<int>(groups_left < Groups::kCount ? groups_left : Groups::kCount);
-    for (int i = 0; i < Groups::kCount; ++i)
-      for (int chunk = i < groups ? bytes / 16 : 0; chunk < 8 * kStrips; ++chunk)
-        (&shared.scales[slot][i][0][0])[chunk] = Chunk{};
+    if (by_rows > 0) {
+      --by_rows;
+      copy_word_rows(shared, params.gemm, slice.strip, tile, slot);
+    } else {
+      ptx::mbarrier_arrive_expect(&shared.full[slot], sizeof(shared.words[slot]));
+      ptx::tensor_copy_once(shared.words[slot], &map, slice.strip * kTileColumns, tile * kTiles,
+                            &shared.full[slot]);
+    }
+  });
+}
+
+template <int kGroups, Sm90Shape kShape>
+__device__ void feed_scales(Sm90Shared<kShape>& shared, const LaunchParams& params,
+                            const CUtensorMap& map, int run) {
+  using Groups = StageGroups<kShape, kGroups>;
+  ptx::prefetch_tensor_map(&map);
+  for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
     ptx::Mbarrier* filled =
         kPrepareScales<kShape, kGroups> ? &shared.scales_full[slot] : &shared.full[slot];
-    ptx::mbarrier_arrive_expect(filled, groups * bytes);
-    const auto* scales =
-        static_cast<const uint16_t*>(gemm.scales) + group * gemm.n + slice.strip * kTileColumns;
-#pragma unroll
-    for (int i = 0; i < Groups::kCount; ++i)
-      if (i < groups) ptx::bulk_copy(shared.scales[slot][i], scales + i * gemm.n, bytes, filled);
+    ptx::mbarrier_arrive_expect(filled, Groups::kCount * sizeof(shared.scales[slot][0]));
+    ptx::tensor_copy(shared.scales[slot], &map, slice.strip * kTileColumns,
+                     tile * kShape.depth / Groups::kGroupRows, filled);
   });
 }
 
 // Twins copy half the rows each, to both.
 template <Sm90Shape kShape>
 __device__ FeedPlace<kShape> feed_activations(Sm90Shared<kShape>& shared,
-                                              const LaunchParams& params, const CUtensorMap& x_map,
+                                              const LaunchParams& params, const CUtensorMap& map,
                                               int run) {
   constexpr int kPanels = Sm90Shared<kShape>::kPanels;
   constexpr int kBytes = kPanels * kShape.rows * kSwizzleChunks * static_cast<int>(sizeof(Chunk));
-  ptx::prefetch_tensor_map(&x_map);
+  ptx::prefetch_tensor_map(&map);
   ptx::wait_for_predecessors();
   return for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
     ptx::mbarrier_arrive_expect(&shared.full[slot], kBytes);
@@ -126,12 +131,12 @@ __device__ FeedPlace<kShape> feed_activations(Sm90Shared<kShape>& shared,
       const int column = tile * kShape.depth + panel * kPanelColumns;
       const int row = slice.first_row;
       if constexpr (kShape.twins == 1) {
-        ptx::tensor_copy(shared.activations[slot][panel], &x_map, column, row, &shared.full[slot]);
+        ptx::tensor_copy(shared.activations[slot][panel], &map, column, row, &shared.full[slot]);
       } else {
         constexpr int kHalf = kShape.rows / kShape.twins;
         static_assert(kShape.twins == 2 && kHalf % 8 == 0, "whole periods of the swizzle");
         const int mine = twin_rank<kShape>() * kHalf;
-        ptx::tensor_multicast(shared.activations[slot][panel][mine], &x_map, column, row + mine,
+        ptx::tensor_multicast(shared.activations[slot][panel][mine], &map, column, row + mine,
                               &shared.full[slot], 0b11);
       }
     }
@@ -145,52 +150,22 @@ __device__ void await_twin(Sm90Shared<kShape>& shared, FeedPlace<kShape> place) 
   for (int i = 0; i < kShape.stages; ++i, place.advance()) await_free<kShape>(shared, place);
 }
 
-template <Sm90Shape kShape>
-__device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& params, int run) {
-  constexpr int kTiles = Sm90Shared<kShape>::kTiles;
-  const int64_t pitch = words_in_tile_row(params.gemm.n);
-  const uint32_t* first = nullptr;
-  int bytes = 0;
-  int below = -1;  // the tile where `first` is, if it is of the same slice
-  for_each_stage<kShape>(shared, params, run, [&](const Slice& slice, int tile, int slot) {
-    auto copy_row = [&](int row) {
-      ptx::bulk_copy(shared.words[slot][row], first + row * pitch, bytes, &shared.full[slot]);
-    };
-    const bool last = tile + 1 == params.partition.depth;
-    if (tile != below || last || bytes == 0) {
-      const WordPieces<kShape> pieces(params.gemm, slice.strip, tile);
-      first = pieces.first;
-      bytes = pieces.bytes;
-      if (last || bytes == 0) {
-        ptx::mbarrier_arrive_expect(&shared.full[slot], pieces.rows * bytes);
-        for (int row = 0; row < pieces.rows; ++row) copy_row(row);
-        return;
-      }
-    }
-    ptx::mbarrier_arrive_expect(&shared.full[slot], kTiles * bytes);
-#pragma unroll 4
-    for (int row = 0; row < kTiles; ++row) copy_row(row);
-    first += kTiles * pitch;
-    below = tile + 1;
-  });
-}
-
 template <typename Half, int kGroups, Sm90Shape kShape>
-__device__ void feed(Sm90Shared<kShape>& shared, const LaunchParams& params,
-                     const CUtensorMap& x_map, int warp, int run) {
+__device__ void feed(Sm90Shared<kShape>& shared, const LaunchParams& params, const TensorMaps& maps,
+                     int warp, int run) {
   if (warp == 3) {
     if constexpr (kPrepareScales<kShape, kGroups>)
       prepare_all_scales<Half, kGroups>(shared, params, run);
   } else if (ptx::elect_one()) {
     if (warp == 0) {
-      const auto place = feed_activations(shared, params, x_map, run);
+      const auto place = feed_activations(shared, params, maps.x, run);
       // The next kernel may start: it finds its place when this CTA goes.
       ptx::launch_dependents();
       if constexpr (kShape.twins > 1) await_twin(shared, place);
     } else if (warp == 1) {
-      feed_words(shared, params, run);
+      feed_words(shared, params, maps.words, run);
     } else if constexpr (kGroups > 0) {
-      feed_scales<kGroups>(shared, params, run);
+      feed_scales<kGroups>(shared, params, maps.scales, run);
     }
   }
 }

@@ -34,6 +34,16 @@ __device__ inline void tensor_copy(void* shared, const CUtensorMap* map, int col
       : "memory");
 }
 
+// The same for data that is read once.
+__device__ inline void tensor_copy_once(void* shared, const CUtensorMap* map, int column, int row,
+                                        Mbarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(kEvictFirst)
+      : "memory");
+}
+
 // The same to several CTAs of the cluster, by the bits of `ranks`: to the same place, and counted by the
 // same barrier, of each.
 __device__ inline void tensor_multicast(void* shared, const CUtensorMap* map, int column, int row,

@@ -2,6 +2,6 @@
 
 namespace marlin {
 template cudaError_t launch_sm90_shape<sm90_index("h128x256x128x2")>(const LaunchParams&,
-                                                                     const CUtensorMap&, Dtype, int,
+                                                                     const TensorMaps&, Dtype, int,
                                                                      bool, cudaStream_t);
 }  // namespace marlin
