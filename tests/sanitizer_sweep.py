@@ -84,7 +84,7 @@ def sweep() -> int:
             with_zeros.check(m, "reference")  # by name: else the net, see above
             for config in CONFIGS:
                 plain.check(m, named(config, m, *shape[:2]))
-    # Rings that go round, slices shared by pairs of CTAs and over global memory.
+    # Slices shared by many CTAs.
     deep = Problems(2048, 256, 128, bias=False)
     for config in CONFIGS:
         deep.check(65, named(config, 65, 2048, 256))
@@ -92,6 +92,10 @@ def sweep() -> int:
     wide = Problems(512, 832, 64, bias=False)
     for name, shape in SHAPES.items():
         wide.check(65, f"{name}@{slices_of(shape, 65, 832) * 3 // 4}")
+    # One CTA for everything: what comes after a ring's first round, up to edges of n and k.
+    long = Problems(2048 + 384, 320, 128, bias=False)
+    for name in SHAPES:
+        long.check(9, f"{name}@1")
     problems = Problems.count
     problems += sweep_columns("cuda")
     torch.cuda.synchronize()

@@ -159,13 +159,14 @@ Problem make_problem(int64_t m, int64_t n, int64_t k, int64_t group_size) {
 // The kernel configurations: name -> engine, and what a CTA is.
 py::dict kernel_shapes() {
   py::dict shapes;
-  auto add = [&](const KernelConfig& config, const char* engine, int threads) {
+  auto add = [&](const KernelConfig& config, const char* engine, int threads, int stages) {
     const TileShape tile = tile_shape(config);
     py::dict entry;
     entry["engine"] = engine;
     entry["rows"] = tile.rows;
     entry["columns"] = tile.columns;
     entry["depth"] = tile.depth;
+    entry["stages"] = stages;  // of all rings of a CTA
     entry["threads"] = threads;
     entry["twins"] = ctas_of_run(config);  // CTAs of a run
     entry["shared_bytes"] = shared_bytes(config);
@@ -174,9 +175,10 @@ py::dict kernel_shapes() {
     shapes[py::str(std::string(shape_name(config)))] = entry;
   };
   for (size_t i = 0; i < kSm80Shapes.size(); ++i)
-    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads());
+    add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads(),
+        kSm80Shapes[i].shape.stages * kSm80Shapes[i].shape.depth_groups);
   for (size_t i = 0; i < kSm90Shapes.size(); ++i)
-    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads());
+    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads(), kSm90Shapes[i].shape.stages);
   return shapes;
 }
 

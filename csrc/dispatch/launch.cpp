@@ -40,11 +40,9 @@ cudaError_t launch_sm80(const LaunchParams& params, const Problem& problem, size
 cudaError_t launch_sm90(const LaunchParams& params, const Problem& problem, size_t shape,
                         bool chained, cudaStream_t stream) {
   const Sm90Shape& shape_of = kSm90Shapes[shape].shape;
-  TensorMaps maps;
+  TensorMaps maps{};
   cudaError_t error = describe_x(params.gemm, problem.activation, shape_of, maps.x);
-  if (error == cudaSuccess) error = describe_words(params.gemm, shape_of, maps.words);
-  if (error == cudaSuccess && !problem.per_column())
-    error = describe_scales(params.gemm, shape_of, maps.scales);
+  if (error == cudaSuccess) error = describe_weight(params.gemm, shape_of, maps.words, maps.scales);
   if (error != cudaSuccess) return error;
   const int groups = problem.per_column() ? 0 : 128 / static_cast<int>(params.gemm.group_rows);
   return kSm90Launchers[shape](params, maps, problem.activation, groups, chained, stream);

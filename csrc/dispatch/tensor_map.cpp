@@ -1,6 +1,8 @@
 #include "dispatch/tensor_map.h"
 
 #include <array>
+#include <cstdint>
+#include <vector>
 
 #include "format/swizzle.h"
 #include "format/weight_words.h"
@@ -25,7 +27,7 @@ Encode find_encode() {
              : nullptr;
 }
 
-// A matrix and a box of it. Of the sizes the first is along rows, in elements.
+// A matrix and a box of it. Sizes and box: elements of a row, then rows.
 struct Matrix {
   CUtensorMapDataType type;
   const void* data;
@@ -52,23 +54,9 @@ cudaError_t describe(const Matrix& matrix, CUtensorMap& map) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-}  // namespace
-
-cudaError_t describe_x(const GemmParams& gemm, Dtype type, const Sm90Shape& shape,
-                       CUtensorMap& map) {
-  const bool f16 = type == Dtype::kF16;
-  return describe({.type = f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                   .data = gemm.x,
-                   .sizes = {gemm.k, gemm.m},
-                   .pitch_bytes = 2 * (gemm.m == 1 ? gemm.k : gemm.x_pitch),
-                   .box = {kPanelColumns, shape.rows / shape.twins},
-                   .swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
-                   .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B},
-                  map);
-}
-
 cudaError_t describe_words(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& map) {
-  static_assert(kTileWords == 2 * kTileColumns, "a column of a row of tiles is 64 bits");
+  static_assert(kTileWords == 2 * kTileColumns,
+                "a row of tiles has as many 64-bit elements as columns");
   return describe({.type = CU_TENSOR_MAP_DATA_TYPE_UINT64,
                    .data = gemm.words,
                    .sizes = {gemm.n, gemm.k / kTileRows},
@@ -90,6 +78,59 @@ cudaError_t describe_scales(const GemmParams& gemm, const Sm90Shape& shape, CUte
                    .swizzle = CU_TENSOR_MAP_SWIZZLE_NONE,
                    .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B},
                   map);
+}
+
+// What the maps of a weight depend on.
+struct Weight {
+  const void* words = nullptr;
+  const void* scales = nullptr;
+  int64_t n = 0, k = 0, group_rows = 0;
+  int columns = 0, depth = 0;
+
+  bool operator==(const Weight&) const = default;
+  size_t hash(size_t below) const {
+    const uint64_t mixed = reinterpret_cast<uintptr_t>(words) / 16 * 31 + columns + depth;
+    return (mixed * 0x9e3779b97f4a7c15 >> 32) % below;
+  }
+};
+
+}  // namespace
+
+cudaError_t describe_x(const GemmParams& gemm, Dtype type, const Sm90Shape& shape,
+                       CUtensorMap& map) {
+  const bool f16 = type == Dtype::kF16;
+  return describe({.type = f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                   .data = gemm.x,
+                   .sizes = {gemm.k, gemm.m},
+                   .pitch_bytes = 2 * (gemm.m == 1 ? gemm.k : gemm.x_pitch),
+                   .box = {kPanelColumns, shape.rows / shape.twins},
+                   .swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
+                   .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B},
+                  map);
+}
+
+cudaError_t describe_weight(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& words,
+                            CUtensorMap& scales) {
+  struct Entry {
+    Weight weight;
+    CUtensorMap words, scales;
+  };
+  constexpr size_t kEntries = 1024;  // more layers than models have
+  static thread_local std::vector<Entry> entries(kEntries);
+  const Weight weight{gemm.words,      gemm.scales,   gemm.n,     gemm.k,
+                      gemm.group_rows, shape.columns, shape.depth};
+  Entry& entry = entries[weight.hash(kEntries)];
+  if (!(entry.weight == weight)) {
+    entry.weight = {};
+    cudaError_t error = describe_words(gemm, shape, entry.words);
+    if (error == cudaSuccess && gemm.group_rows < gemm.k)
+      error = describe_scales(gemm, shape, entry.scales);
+    if (error != cudaSuccess) return error;
+    entry.weight = weight;
+  }
+  words = entry.words;
+  scales = entry.scales;
+  return cudaSuccess;
 }
 
 }  // namespace marlin

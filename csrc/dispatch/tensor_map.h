@@ -12,7 +12,10 @@ namespace marlin {
 
 cudaError_t describe_x(const GemmParams& gemm, Dtype type, const Sm90Shape& shape,
                        CUtensorMap& map);
-cudaError_t describe_words(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& map);
-cudaError_t describe_scales(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& map);
+
+// Remembered from call to call: they depend on where a weight lies and how it is cut, on nothing else.
+// Per column `scales` is left as it is found.
+cudaError_t describe_weight(const GemmParams& gemm, const Sm90Shape& shape, CUtensorMap& words,
+                            CUtensorMap& scales);
 
 }  // namespace marlin

@@ -2,7 +2,9 @@
 // shapes a GPU can run.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "core/config.h"
@@ -75,6 +77,18 @@ struct Sm90Shared {
   uint64_t partner[kShape.teams()];      // what the other CTA of a pair has to say
   ScaleForm scale_forms[kShape.stages];  // of scales that multiply weights
 };
+
+// Where copies by boxes may go: whole boxes to multiples of 128 bytes, swizzled ones of 1024.
+template <Sm90Shape kShape>
+constexpr bool boxes_are_aligned() {
+  using Shared = Sm90Shared<kShape>;
+  using Scales = std::remove_extent_t<decltype(Shared::scales)>;
+  return offsetof(Shared, activations) % 1024 == 0 && offsetof(Shared, words) % 128 == 0 &&
+         offsetof(Shared, scales) % 128 == 0 && sizeof(Scales) % 128 == 0;
+}
+static_assert([]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+  return (boxes_are_aligned<kSm90Shapes[kIndex].shape>() && ...);
+}(std::make_index_sequence<kSm90Shapes.size()>{}));
 
 inline constexpr auto kSm90SharedBytes = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
   return std::array{sizeof(Sm90Shared<kSm90Shapes[kIndex].shape>)...};

@@ -3,7 +3,7 @@
 //
 //   warp 0      X, a box of a tensor map for each panel of 64 columns: swizzled, zero outside;
 //               of twins each brings half of the rows, to both
-//   warp 1      words, a box
+//   warp 1      words, a box (the first round through the ring row by row)
 //   warp 2      scales, a box
 //   warp 3      makes scales ready that will multiply weights
 //
@@ -80,9 +80,9 @@ __device__ void copy_word_rows(Sm90Shared<kShape>& shared, const GemmParams& gem
     ptx::bulk_copy(shared.words[slot][i], row, bytes, &shared.full[slot]);
 }
 
-// A box for each stage. One instruction brings it, where rows take one each, 50 to 65 cycles of the lane
-// that issues them. But a box cannot come before its tensor map has, which takes longer than a row, so
-// the first round through the ring goes row by row: that is up to a microsecond of a small layer.
+// A box for each stage: one instruction, where row by row each row takes one, which keeps the issuing
+// lane 50 to 65 cycles. But the first box waits for its tensor map, which takes longer than rows do, so
+// the first round through the ring goes row by row: up to a microsecond of a small layer.
 template <Sm90Shape kShape>
 __device__ void feed_words(Sm90Shared<kShape>& shared, const LaunchParams& params,
                            const CUtensorMap& map, int run) {

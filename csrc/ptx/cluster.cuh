@@ -15,7 +15,7 @@ __device__ inline uint32_t cluster_rank() {
 }
 
 // Every thread of the cluster arrives, goes on, and later waits for the others. Relaxed: it orders
-// nothing but mbarriers that were initialized and fenced; a release would wait for bulk copies.
+// nothing but mbarriers that were initialized and fenced.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-barrier-cluster
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -178,8 +178,24 @@ Dtype check_value_type(const char* op, const Tensor& s, std::optional<ScalarType
   return *type;
 }
 
-// The kernels count rows and columns in 32 bits.
+// The kernels count rows, columns and inputs in 32 bits, and the sm_80 engine also the chunks of 16
+// bytes between the first of X, or of the words, and any other.
 constexpr int64_t kMostCudaSide = int64_t{1} << 30;
+constexpr int64_t kMostCudaBytes = int64_t{16} << 32;
+
+void check_cuda_reach(const char* op, const MulCall& call) {
+  const Problem& p = call.problem;
+  if (p.m > kMostCudaSide || p.n > kMostCudaSide || p.k > kMostCudaSide)
+    fail(op, "a", join("at most ", kMostCudaSide, " rows, inputs and outputs on CUDA"),
+         join("(", p.m, ", ", p.k, ") times (", p.k, ", ", p.n, ")"));
+  const int64_t x_bytes = p.m > 0 ? ((p.m - 1) * call.x_pitch + p.k) * size_bytes(p.activation) : 0;
+  if (x_bytes > kMostCudaBytes)
+    fail(op, "a", join("at most ", kMostCudaBytes, " bytes from its first row to its last on CUDA"),
+         join(x_bytes, " bytes"));
+  if (p.k * p.n / 2 > kMostCudaBytes)
+    fail(op, "b", join("at most ", kMostCudaBytes, " bytes on CUDA"),
+         join(p.k * p.n / 2, " bytes"));
+}
 
 MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor& s,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& zeros,
@@ -207,10 +223,8 @@ MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor
     call.bias = bias->const_data_ptr();
     call.bias_dtype = *type;
   }
-  if (is_cuda(a) && (call.problem.m > kMostCudaSide || call.problem.n > kMostCudaSide))
-    fail(op, "a", join("at most ", kMostCudaSide, " rows and columns of the product on CUDA"),
-         join("(", call.problem.m, ", ", call.problem.n, ")"));
   read_in_place_or_copy(a, call);
+  if (is_cuda(a)) check_cuda_reach(op, call);
   return call;
 }
 

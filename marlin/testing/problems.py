@@ -71,8 +71,8 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 def rounding_on_the_way(a64: Tensor, weight_values: Tensor, group_size: int, dtype) -> Tensor:
     """What it may cost to round weights, and the product before a bias, to 16 bits.
 
-    A group has 16 weights of each scale, so the errors of a group need not cancel where activations
-    have a mean; those of different groups do.
+    Under one scale there are only 16 different weights, so the errors of a group need not cancel
+    where activations have a mean; those of different groups do.
     """
     half_ulp = torch.finfo(dtype).eps / 2
     squares = torch.zeros_like(a64 @ weight_values)

@@ -17,20 +17,24 @@ def weights():
     return [random_weight(SIZE, SIZE, 128, device="cuda", seed=seed) for seed in range(3)]
 
 
-def synchronized(a, weight):
+def synchronized(a, weight, config=None):
     """The product by itself."""
     torch.cuda.synchronize()
-    y = ops.matmul(a, weight.b, weight.s)
+    y = ops.matmul(a, weight.b, weight.s, config=config)
     torch.cuda.synchronize()
     return y
 
 
+# By name: few CTAs, whose rings go round.
+@pytest.mark.parametrize(
+    "config", [None, "h8x256x128x2@1", "h64x256x128x2@2", "hh256x256x64x4@1"]
+)  # fmt: skip
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("captured", [False, True])
-def test_everything_written_just_before(m, captured, weights):
+def test_everything_written_just_before(config, m, captured, weights):
     """Words, scales and rows come from copies, the result leaves by one: no kernel waits long."""
     inputs = [random_rows(m, SIZE, device="cuda", seed=seed) for seed in range(4)]
-    expected = {(i, j): synchronized(a, w) for i, a in enumerate(inputs)
+    expected = {(i, j): synchronized(a, w, config) for i, a in enumerate(inputs)
                 for j, w in enumerate(weights)}  # fmt: skip
     a, b, s = inputs[0].clone(), weights[0].b.clone(), weights[0].s.clone()
     y = torch.empty(m, SIZE, dtype=a.dtype, device="cuda")
@@ -47,7 +51,7 @@ def test_everything_written_just_before(m, captured, weights):
                 b.copy_(weights[j].b)
                 s.copy_(weights[j].s)
                 a.copy_(inputs[i])
-            ops.matmul_out(a, b, s, y)
+            ops.matmul_out(a, b, s, y, config=config)
             results[place].copy_(y)
 
     if captured:

@@ -45,6 +45,24 @@ def test_rows_and_tails(config, dtype, group_size):
 
 
 @pytest.mark.parametrize("config", list(host.kernel_shapes()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+def test_rings_that_go_round(config, dtype, group_size):
+    """One CTA (or two twins) for everything, so that every ring of stages is used again, up to
+    edges of n and k: what comes after the first round may come another way."""
+    unit = 16 if group_size == -1 else group_size
+    k, n = 2048 + 3 * unit, 320
+    shape = host.kernel_shapes()[config]
+    assert k > shape["depth"] * shape["stages"]
+    weight = random_weight(k, n, group_size, device="cuda")
+    bias = torch.randn(n, device="cuda").to(dtype)
+    for m in (1, shape["rows"] + 1):
+        a = random_rows(m, k, dtype=dtype, device="cuda", seed=m)
+        y = guarded_multiply(a, weight, bias, f"{config}@1")
+        check_product(y, a, weight.values(), bias)
+
+
+@pytest.mark.parametrize("config", list(host.kernel_shapes()))
 @pytest.mark.parametrize("group_size", [-1, 32, 128])
 def test_any_number_of_runs(config, group_size):
     """From one CTA for everything to one tile per CTA: right, and the same bits every time."""

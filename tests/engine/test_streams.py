@@ -146,7 +146,9 @@ def test_second_device():
         check_product(y, a, weight.values())
 
 
-@pytest.mark.parametrize("config", [None, "128x256x128x1", "dense"])
+@pytest.mark.parametrize(
+    "config", [None, "128x256x128x1", "h8x256x128x2", "hh256x256x64x4", "dense"]
+)
 def test_operands_of_more_than_two_to_the_31(config):
     """Offsets of 64 bits where sizes multiply: X and Y of 2.2e9 elements, some rows checked."""
     k, n, m = 2048, 2048, 1_100_000
@@ -165,6 +167,17 @@ def test_operands_of_more_than_two_to_the_31(config):
     tail = b.view(k // 16, n // 64, 128)[:, -1].contiguous()
     expected = ops.matmul(a, tail, s[:, -64:].contiguous(), config="reference")
     torch.testing.assert_close(y[:, -64:].float(), expected.float(), rtol=2e-3, atol=0.5)
+
+
+def test_rows_further_apart_than_the_kernels_reach():
+    """Chunks of 16 bytes are counted in 32 bits: what lies further off is refused."""
+    pitch = 2**35
+    if torch.cuda.mem_get_info()[0] < 2 * pitch + 2**30:
+        pytest.skip("needs 65 GiB")
+    a = torch.empty(pitch + 128, dtype=torch.half, device="cuda").as_strided((2, 128), (pitch, 1))
+    weight = random_weight(128, 64, 64, device="cuda")
+    with pytest.raises(RuntimeError, match=r"a: expected at most 68719476736 bytes from its first"):
+        ops.matmul(a, weight.b, weight.s)
 
 
 def test_graphs_give_their_counters_back():
