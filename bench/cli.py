@@ -58,7 +58,7 @@ def add_gemm(commands) -> None:
     parser.add_argument("--no-fp16", action="store_true", help="leave out the FP16 baseline")
     parser.add_argument("--sustained", action="store_true",
                         help="loop a few cells for --seconds each, log the clock")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=30.0, help="per sustained loop")
+    parser.add_argument("--seconds", type=float, help="per sustained loop (default: 30)")
     parser.set_defaults(module="gemm")
 
 

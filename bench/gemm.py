@@ -192,8 +192,9 @@ def result_name(args) -> str:
     dtype = "" if args.dtype == "float16" else f"-{args.dtype}"
     config = "" if args.config == [AUTO] else "-" + "-".join(args.config)
     quick = "-quick" * args.quick
-    chosen = "-chosen" if args.shapes or args.rows else ""
-    return f"gemm{group}{dtype}{config}{quick}{chosen}"
+    lasting = "-sustained" * args.sustained
+    chosen = "-chosen" * bool(args.shapes or args.rows or args.seconds or args.no_fp16)
+    return f"gemm{lasting}{group}{dtype}{config}{quick}{chosen}"
 
 
 def run(args) -> int:
@@ -206,7 +207,7 @@ def run(args) -> int:
     dtype = getattr(torch, args.dtype)
     incumbents = incumbents_on(head["device"]["name"])
     if args.sustained:
-        return sustained.run(args, head)
+        return sustained.run(args, head, result_name(args))
     cells = choose_cells(args, incumbents)
     if not cells:
         print("bench gemm: no anchors for this GPU: expected --shapes", file=sys.stderr)

@@ -11,13 +11,14 @@ from collections.abc import Callable
 import torch
 
 from bench import ceilings
-from bench.cell import AUTO, FP16_LAYOUTS, capture_path, make_path
+from bench.cell import FP16_LAYOUTS, capture_path, make_path
 from bench.compare import LARGE_SHAPE
 from bench.pools import Pools
 from bench.report import number, table, write_result
 from marlin.testing.timing import floor_us, known_rates, read_clock_mhz, time_graph
 
 ROWS = (1, 16, 64, 256)
+SECONDS = 30.0  # of each loop
 BATCH_SECONDS = 0.25  # between two readings
 
 
@@ -92,9 +93,11 @@ def format_result(result: dict) -> str:
     return f"{title}\n{table(header, rows)}"
 
 
-def run(args, head: dict) -> int:
+def run(args, head: dict, name: str) -> int:
+    """Measures, prints, writes the result by this name."""
     dtype = getattr(torch, args.dtype)
     shapes, rows = args.shapes or [LARGE_SHAPE], args.rows or ROWS
+    seconds = args.seconds or SECONDS
     cells = [(k, n, m) for k, n in shapes for m in rows]
     gpu = head["device"]["name"]
     rates = known_rates(gpu) or ceilings.rates_from(ceilings.measure(dtype))
@@ -102,8 +105,7 @@ def run(args, head: dict) -> int:
     # One layout of the baseline, that of nn.Linear: each loop costs half a minute.
     names = [*args.config, *([] if args.no_fp16 else list(FP16_LAYOUTS)[1:])]
     result = {"bench": "gemm --sustained", "schema": 1, **head, "group_size": args.group_size,
-              "dtype": args.dtype, "seconds": args.seconds, "cells": []}  # fmt: skip
-    name = "gemm-sustained" + ("" if args.config == [AUTO] else "-" + "-".join(args.config))
+              "dtype": args.dtype, "seconds": seconds, "cells": []}  # fmt: skip
     with torch.inference_mode():
         for k, n, m in cells:
 
@@ -112,7 +114,7 @@ def run(args, head: dict) -> int:
                 return capture_path(pools, path, k, n, m, check=True)
 
             floor = floor_us(rates, m, k, n, args.group_size)
-            result["cells"] += measure(names, make_graph, k, n, m, floor, args.seconds)
+            result["cells"] += measure(names, make_graph, k, n, m, floor, seconds)
             path = write_result(result, name, args.out)
     print(format_result(result))
     print(f"\nwritten to {path}")

@@ -9,8 +9,9 @@ import torch
 
 from bench import cpu, pack
 from bench.machine import ROOT
+from marlin.testing.timing import Timing
 
-pytest.importorskip("marlin.host")
+host = pytest.importorskip("marlin.host")
 
 
 def bench(*argv):
@@ -57,12 +58,66 @@ def test_pack_runs(tmp_path):
         assert all(ms > 0 for ms in result["ms"].values())
 
 
-def test_pack_checks_first():
+def one_wrong(function):
+    """The function, with the last element of its result changed."""
+
+    def wrong(*args):
+        result = function(*args)
+        result[-1, -1] += 1
+        return result
+
+    return wrong
+
+
+@pytest.mark.parametrize("module", [pack.ops, host])
+@pytest.mark.parametrize("function", ["pack", "unpack", "dequantize"])
+def test_pack_times_nothing_that_is_wrong(monkeypatch, module, function):
     weight = pack.random_weight(256, 128, 128)
-    pack.check(weight)
-    weight.codes[0, 0] ^= 1
-    with pytest.raises(AssertionError):
-        pack.check(weight)
+    monkeypatch.setattr(pack, "time_interleaved", lambda paths, rounds: {n: [1.0] for n in paths})
+    names = {"pack", "unpack", "dequantize"}
+    names |= {"pack (NumPy)", "unpack (NumPy)", "dequantize (NumPy, to float32)"}
+    assert pack.measure_cpu(weight, 1) == dict.fromkeys(names, 1000.0)
+    monkeypatch.setattr(module, function, one_wrong(getattr(module, function)))
+    with pytest.raises(AssertionError, match=rf"^{function}\b.*: 1 of \d+ elements are wrong$"):
+        pack.measure_cpu(weight, 1)
+
+
+def test_pack_checks_the_type():
+    with pytest.raises(AssertionError, match=r"expected torch.float16 \(2,\), got torch.float32"):
+        pack.check("dequantize", torch.zeros(2), torch.zeros(2, dtype=torch.half))
+
+
+@pytest.mark.parametrize("function", ["pack", "unpack", "dequantize"])
+@pytest.mark.parametrize("fault", [None, "writes nothing", "one wrong"])
+def test_pack_checks_what_the_graph_writes(monkeypatch, function, fault):
+    """The CPU stands in for the GPU: a replay writes where the recorded launches wrote."""
+    path = pack.operators([pack.random_weight(256, 128, 128)] * 2)[function]
+    if fault == "one wrong":
+        path = pack.Path(one_wrong(path.call), path.expected)
+    outputs = []
+
+    def record(i):
+        outputs.append(path.call(i))
+        return outputs[-1]
+
+    class FakeGraph:
+        def replay(self):
+            if fault != "writes nothing":
+                outputs[-1].copy_(path.call(0))
+
+    def capture(launches, warm_up):
+        launches()
+        return FakeGraph()
+
+    monkeypatch.setattr(pack, "capture", capture)
+    monkeypatch.setattr(pack, "time_graph", lambda graph, count: Timing([7000.0]))
+    recorded = pack.Path(record, path.expected)
+    if fault is None:
+        assert pack.time_in_graph(function, recorded, 2) == 7.0
+        assert len(outputs) == 2
+        return
+    with pytest.raises(AssertionError, match=rf"^{function}: \d+ of \d+ elements are wrong$"):
+        pack.time_in_graph(function, recorded, 2)
 
 
 @pytest.mark.gpu

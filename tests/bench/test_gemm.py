@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 
 import pytest
 import torch
@@ -194,6 +195,20 @@ def test_partial_runs_have_names_of_their_own():
     assert name("--group-size", "-1") == "gemm-percolumn"
     assert name("--group-size", "64", "--dtype", "bfloat16") == "gemm-g64-bfloat16"
     assert name("--config", "a,b", "--rows", "1") == "gemm-a-b-chosen"
+    assert name("--no-fp16") == "gemm-chosen"
+    assert name("--sustained") == "gemm-sustained"
+    assert name("--sustained", "--rows", "16,256") == "gemm-sustained-chosen"
+    assert name("--sustained", "--seconds", "1") == "gemm-sustained-chosen"
+    assert name("--sustained", "--group-size", "64") == "gemm-sustained-g64"
+
+
+def test_committed_results_bear_the_name_of_their_run():
+    paths = sorted(report.RESULTS.glob("*/gemm*.json"))
+    assert paths
+    for path in paths:
+        python, _, bench, *argv = shlex.split(json.loads(path.read_text())["command"])
+        assert (python, bench) == ("python", "bench")
+        assert gemm.result_name(cli.make_parser().parse_args(argv)) == path.stem
 
 
 @pytest.mark.parametrize("text", ["4096", "4096x", "0x64", "axb", "1x2x3"])

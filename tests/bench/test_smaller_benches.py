@@ -79,7 +79,7 @@ def test_a_loop_is_summed_up_by_its_second_half():
 def test_sustained_runs_on_the_gpu(tmp_path):
     argv = ["gemm", "--sustained", "--seconds", "0.6", "--shapes", "1024x512", "--rows", "1"]
     assert cli.main([*argv, "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*/gemm-sustained.json")
+    (path,) = tmp_path.glob("*/gemm-sustained-chosen.json")
     cells = json.loads(path.read_text())["cells"]
     assert len(cells) == 2 and all(len(c["samples"]) >= 2 for c in cells)
 
