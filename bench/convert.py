@@ -22,7 +22,7 @@ from bench.machine import describe_run
 from bench.report import number, table, write_result
 from marlin import ops
 from marlin.convert import convert
-from marlin.shards import ShardWriter
+from marlin.shard_writer import ShardWriter
 from marlin.sources import open_source
 
 HIDDEN, WIDE, HEAD_ROWS, GROUP_SIZE = 4096, 11008, 32000, 128  # Llama-2-7B

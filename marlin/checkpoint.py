@@ -34,6 +34,7 @@ from marlin.layer import (
 )
 from marlin.ops import TILE_ROWS
 from marlin.quantized import LARGEST_ZERO
+from marlin.shard_writer import write_shards
 from marlin.shards import (
     CONFIG,
     CheckpointError,
@@ -42,7 +43,6 @@ from marlin.shards import (
     read_json,
     some,
     staged,
-    write_shards,
 )
 from marlin.sources import Source, open_source
 

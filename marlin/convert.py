@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from marlin import formats
-from marlin.shards import BESIDE, CONFIG, PICKLES, CheckpointError, ShardWriter, staged
+from marlin.shard_writer import ShardWriter
+from marlin.shards import BESIDE, CONFIG, PICKLES, CheckpointError, staged
 from marlin.sources import DTYPES, Source, StateDictSource, open_source
 
 SHARD_BYTES = 10**9

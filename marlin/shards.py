@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -26,84 +22,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be what it says it is."""
-
-
-class ShardWriter:
-    """Collects tensors into files of a limited size, and writes one while it collects the next."""
-
-    def __init__(self, stage: Path, limit: int):
-        self.stage, self.limit = stage, limit
-        self.sizes: dict[str, int] = {}
-        self.files: list[list[str]] = []  # the names in each
-        self.pending: dict[str, torch.Tensor] = {}
-        self.pending_bytes = 0
-        self.storages: set[int] = set()  # of the pending
-        self.pool = ThreadPoolExecutor(max_workers=1)
-        self.saving: Future | None = None
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        if name in self.sizes:
-            raise CheckpointError(f"two tensors would be called {name}")
-        tensor = tensor.cpu().contiguous()
-        size = self.sizes[name] = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.limit:
-            self.flush()
-        if (storage := tensor.untyped_storage().data_ptr()) in self.storages:
-            tensor = tensor.clone()  # a file cannot hold two views of one storage
-        self.storages.add(storage)
-        self.pending[name] = tensor
-        self.pending_bytes += size
-
-    def flush(self) -> None:
-        self.wait()
-        path = self.stage / f"shard-{len(self.files)}"
-        self.saving = self.pool.submit(save_file, self.pending, path, metadata={"format": "pt"})
-        self.files.append(list(self.pending))
-        self.pending, self.pending_bytes, self.storages = {}, 0, set()
-
-    def wait(self) -> None:
-        if self.saving is not None:
-            self.saving.result()
-            self.saving = None
-
-    def finish(self) -> None:
-        """Writes what is left, names the files as they are many, and writes their index."""
-        self.flush()
-        self.wait()
-        count = len(self.files)
-        weight_map = {}
-        for number, names in enumerate(self.files):
-            name = WEIGHTS if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
-            (self.stage / f"shard-{number}").rename(self.stage / name)
-            # safetensors keeps its files to their owner; a checkpoint is like any other file.
-            (self.stage / name).chmod((self.stage / CONFIG).stat().st_mode)
-            weight_map |= dict.fromkeys(names, name)
-        if count > 1:
-            metadata = {"total_size": sum(self.sizes.values())}
-            index = {"metadata": metadata, "weight_map": weight_map}
-            (self.stage / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def write_shards(tensors: dict[str, torch.Tensor], stage: Path, max_shard_size: int | str) -> None:
-    """All of a model's tensors beside its config.json. max_shard_size: bytes, or "5GB" say."""
-    with ShardWriter(stage, parse_size(max_shard_size)) as shards:
-        for name, tensor in tensors.items():
-            shards.add(name, tensor.detach())
-        shards.finish()
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes. Raises ValueError for what is neither a number of them nor like "5GB"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).upper())
-    if not found or not (count := int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))):
-        raise ValueError(f"max_shard_size: expected bytes, or a text like '5GB', got {size!r}")
-    return count
 
 
 @contextlib.contextmanager

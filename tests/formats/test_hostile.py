@@ -493,7 +493,7 @@ def test_a_disk_that_is_full(copy, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("marlin.shards.save_file", full)
+    monkeypatch.setattr("marlin.shard_writer.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         convert(directory, target, "marlin", shard_bytes=10_000)
     assert not target.exists()

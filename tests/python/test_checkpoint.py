@@ -13,10 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from marlin import shards
+from marlin import shard_writer
 from marlin.checkpoint import CheckpointError, load_pretrained, save_pretrained
 from marlin.layer import MarlinLinear, PackedModule, quantize
 from marlin.published import replace_linear
+from marlin.shards import INDEX
 
 SMALL = {
     "hidden_size": 64,
@@ -85,7 +86,7 @@ def damaged(saved, tmp_path):
 
 
 def shard_of(directory, tensor):
-    index = json.loads((directory / shards.INDEX).read_text())
+    index = json.loads((directory / INDEX).read_text())
     return directory / index["weight_map"][tensor]
 
 
@@ -97,10 +98,10 @@ def rewrite(directory, tensor, change):
     if new is not None:
         tensors[tensor] = new
     save_file(tensors, path)
-    index = json.loads((directory / shards.INDEX).read_text())
+    index = json.loads((directory / INDEX).read_text())
     if new is None:
         del index["weight_map"][tensor]
-        (directory / shards.INDEX).write_text(json.dumps(index))
+        (directory / INDEX).write_text(json.dumps(index))
 
 
 def edit_json(path, change):
@@ -117,7 +118,7 @@ def edit_json(path, change):
 def test_a_model_comes_back_as_it_was(name, dtype, tmp_path):
     model = make(name, dtype)
     save_pretrained(model, tmp_path / "model", max_shard_size="20KB")
-    assert (tmp_path / "model" / shards.INDEX).exists()
+    assert (tmp_path / "model" / INDEX).exists()
     loaded = load_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(loaded(IDS)[0], model(IDS)[0])
@@ -137,7 +138,7 @@ def test_a_model_comes_back_as_it_was(name, dtype, tmp_path):
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(saved):
-    names = json.loads((saved / shards.INDEX).read_text())["weight_map"]
+    names = json.loads((saved / INDEX).read_text())["weight_map"]
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     model = load_pretrained(saved)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -352,7 +353,7 @@ def fail_at(call, function):
     ("size", "expected"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("7", 7), (2**33, 2**33)]
 )
 def test_sizes_of_shards(size, expected):
-    assert shards.parse_size(size) == expected
+    assert shard_writer.parse_size(size) == expected
 
 
 @pytest.mark.parametrize("size", ["", "GB", "-1", "5 GiB", 0, "much"])
@@ -362,7 +363,7 @@ def test_sizes_that_are_none(size, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("where", [(shards, "save_file"), (Path, "rename")])
+@pytest.mark.parametrize("where", [(shard_writer, "save_file"), (Path, "rename")])
 def test_an_interrupted_save_destroys_nothing(where, damaged, monkeypatch):
     before = contents(damaged)
     other = make(group_size=64)
@@ -380,7 +381,7 @@ def test_an_interrupted_save_destroys_nothing(where, damaged, monkeypatch):
 
 
 def test_an_interrupted_first_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "save_file", fail_at(1, save_file))
+    monkeypatch.setattr(shard_writer, "save_file", fail_at(1, save_file))
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(make(), tmp_path / "deep" / "model")
     assert not (tmp_path / "deep" / "model").exists()
@@ -448,7 +449,7 @@ def test_damaged_tensors(damage, damaged):
 def add_tensor(directory, name, tensor):
     path = shard_of(directory, NORM)
     save_file({**load_file(path), name: tensor}, path)
-    edit_json(directory / shards.INDEX, lambda i: i["weight_map"].update({name: path.name}))
+    edit_json(directory / INDEX, lambda i: i["weight_map"].update({name: path.name}))
 
 
 @pytest.mark.parametrize(
@@ -484,7 +485,7 @@ def test_tensors_that_do_not_belong(name, message, damaged):
 def test_an_index_cannot_name_other_files(filename, damaged):
     outside = damaged.parent / "model.safetensors"
     save_file({NORM: torch.ones(64)}, outside)
-    edit_json(damaged / shards.INDEX, lambda i: i["weight_map"].update({NORM: filename}))
+    edit_json(damaged / INDEX, lambda i: i["weight_map"].update({NORM: filename}))
     with pytest.raises(CheckpointError, match="bad file name"):
         load_pretrained(damaged)
 
@@ -492,7 +493,7 @@ def test_an_index_cannot_name_other_files(filename, damaged):
 def test_an_index_that_disagrees_with_the_files(damaged):
     other = shard_of(damaged, f"{Q}.B").name
     assert other != shard_of(damaged, NORM).name
-    edit_json(damaged / shards.INDEX, lambda i: i["weight_map"].update({NORM: other}))
+    edit_json(damaged / INDEX, lambda i: i["weight_map"].update({NORM: other}))
     with pytest.raises(CheckpointError, match=r"index and files disagree on model\.norm"):
         load_pretrained(damaged)
 
@@ -514,12 +515,12 @@ def test_a_missing_or_cut_file(damaged):
     path.unlink()
     with pytest.raises(CheckpointError, match=f"no {path.name}"):
         load_pretrained(damaged)
-    (damaged / shards.INDEX).unlink()
+    (damaged / INDEX).unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_pretrained(damaged)
 
 
-@pytest.mark.parametrize("name", [shards.INDEX, "config.json"])
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"weight_map": []}', "\x00", "\udc80"])
 def test_broken_json(name, text, damaged):
     (damaged / name).write_bytes(text.encode("utf-8", "surrogateescape"))
