@@ -115,7 +115,7 @@ def add_convert(commands) -> None:
         type=positive,
         default=1.0,
         metavar="GB",
-        help="how much a file holds; two to three times that is the memory needed (default: 1)",
+        help="how much a file holds (default: 1); the memory needed does not depend on it",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that DST has"

@@ -1,4 +1,4 @@
-"""From one checkpoint format into another, a shard at a time: `marlin convert`."""
+"""From one checkpoint format into another, layer by layer: `marlin convert`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def convert(
     """Writes a checkpoint in another format. Codes, scales and zero points stay what they are.
 
     Everything is written beside the target's content and renamed into place at the end: whatever
-    goes wrong, the target is as it was. Memory is that of two to three shards of output. Tokenizer
-    and other files are copied.
+    goes wrong, the target is as it was. In memory are a few layers that are being worked on or on
+    their way to the disk, however large the files; those of the source are mapped. Tokenizer and
+    other files are copied.
 
     Args:
         source: a directory in any format that is read, or a state dict that the published GPTQ

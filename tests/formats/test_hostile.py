@@ -486,14 +486,17 @@ def test_dense_tensors_with_the_target_formats_names(copy):
     assert not (directory.parent / "target").exists()
 
 
-def test_a_disk_that_is_full(copy, monkeypatch):
+@pytest.mark.parametrize("held", [10**6, 0])  # files that are saved whole, and streamed
+def test_a_disk_that_is_full(held, copy, monkeypatch):
     directory = copy("gptq")
     target = directory.parent / "target"
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("marlin.shard_writer.save_file", full)
+    monkeypatch.setattr("marlin.shard_writer.HELD", held)
+    where = "StreamedFile.write" if held == 0 else "save_file"
+    monkeypatch.setattr(f"marlin.shard_writer.{where}", full)
     with pytest.raises(OSError, match="No space left"):
         convert(directory, target, "marlin", shard_bytes=10_000)
     assert not target.exists()

@@ -363,9 +363,13 @@ def test_sizes_that_are_none(size, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("where", [(shard_writer, "save_file"), (Path, "rename")])
+WRITES = (shard_writer.StreamedFile, "write")
+
+
+@pytest.mark.parametrize("where", [(shard_writer, "save_file"), WRITES, (Path, "rename")])
 def test_an_interrupted_save_destroys_nothing(where, damaged, monkeypatch):
     before = contents(damaged)
+    monkeypatch.setattr(shard_writer, "HELD", 0 if where == WRITES else 10**6)
     other = make(group_size=64)
     for call in range(1, 100):
         with monkeypatch.context() as patch:

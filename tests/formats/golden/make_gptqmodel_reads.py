@@ -1,0 +1,71 @@
+"""Writes gptqmodel-reads.json: what GPTQModel makes of checkpoints that we wrote.
+
+GPTQModel and its path as for make_gptqmodel.py, with marlin's repository in the path too. It loads
+each checkpoint of `for_gptqmodel` as a whole; recorded are the configuration it was given, and
+digests of the tensors it was given and of the values that its layers dequantize to.
+
+GPTQModel refuses version 1 with zero points unless the checkpoint says that GPTQModel made it,
+since others once stored them differently. That is recorded as `refused`; what its layers would
+have read is then tried on a copy that says so.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import for_gptqmodel
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+# GPTQModel insists on a tokenizer, and on one that has an end.
+words = models.WordLevel({"a": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>")
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(words), eos_token="</s>", unk_token="<unk>"
+)
+
+
+def load(directory: Path):
+    return GPTQModel.load(
+        str(directory), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
+    ).model.eval()
+
+
+def claim(directory: Path) -> None:
+    """Has the configuration say that GPTQModel made the checkpoint."""
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "quantize_config.json").write_text(json.dumps(config["quantization_config"]))
+
+
+results = {}
+for kind in for_gptqmodel.KINDS:
+    with tempfile.TemporaryDirectory() as folder:
+        for_gptqmodel.write(kind, Path(folder))
+        directory = Path(folder) / "gptq"
+        tokenizer.save_pretrained(directory)
+        config = for_gptqmodel.config_of(directory)
+        tensors = load_file(directory / "model.safetensors")
+        refused = None
+        try:
+            model = load(directory)
+        except ValueError as error:
+            refused = str(error)
+            claim(directory)
+            model = load(directory)
+        results[kind] = {
+            "quantization_config": config,
+            "refused": refused,
+            "given": {name: for_gptqmodel.digest(tensor) for name, tensor in tensors.items()},
+            "dequantized": {
+                name: for_gptqmodel.digest(layer.dequantize_weight())
+                for name, layer in model.named_modules()
+                if isinstance(layer, TorchLinear)
+            },
+        }
+path = Path(__file__).with_name("gptqmodel-reads.json")
+path.write_text(json.dumps(results, indent=1) + "\n")
