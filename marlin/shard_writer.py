@@ -18,6 +18,7 @@ from marlin.shards import CONFIG, INDEX, WEIGHTS, CheckpointError, open_shard
 HELD = 64 * 10**6  # bytes that wait for the disk, and bytes that wait to see how long a file gets
 METADATA = {"format": "pt"}
 PAGE = 4096
+MOST_ROOM = 2**24  # for a header: 100,000 names; the library takes 100 MB at most
 
 
 class ShardWriter:
@@ -74,8 +75,8 @@ class ShardWriter:
         self.storages.add(storage)
         self.pending[name] = tensor
         if self.bytes > HELD:
-            # Room for the names of tensors of 100 kB; if they are smaller, the file ends earlier.
-            room = max(self.limit // 500, 2 * self.header_bytes)
+            # Enough for tensors of 100 kB; if they are smaller, the file ends before its limit.
+            room = max(min(self.limit // 500, MOST_ROOM), 2 * self.header_bytes)
             self.stream = StreamedFile(self.path(), room)
             for name, tensor in self.take_pending().items():
                 self.submit(self.sizes[name], self.stream.append, name, tensor)
@@ -189,7 +190,8 @@ def type_name(dtype: torch.dtype) -> str:
 
 def write_shards(tensors: dict[str, torch.Tensor], stage: Path, max_shard_size: int | str) -> None:
     """All of a model's tensors beside its config.json. max_shard_size: bytes, or "5GB" say."""
-    with ShardWriter(stage, parse_size(max_shard_size)) as shards:
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with ShardWriter(stage, min(parse_size(max_shard_size), total)) as shards:
         for name, tensor in tensors.items():
             shards.add(name, tensor.detach())
         shards.finish()
