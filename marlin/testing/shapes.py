@@ -16,6 +16,12 @@ GPUS = {
     "RTX 4090": ("8.9", 128, 99 * 1024),
     "H200": ("9.0a", 132, 227 * 1024),
 }
+# What selects as a GPU of capability 8.x would, and runs what it finds here: a name of `config=`.
+LIKE = {
+    name: f"like:{sm_count}:{shared_bytes}"
+    for name, (capability, sm_count, shared_bytes) in GPUS.items()
+    if capability.startswith("8.")
+}
 
 # Linear layers of one decoder block, as Hugging Face models have them: name -> (k, n).
 LLAMA_2_7B = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096),

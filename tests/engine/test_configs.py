@@ -5,9 +5,10 @@ import torch
 
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
+from marlin.testing.shapes import LIKE
 
 pytestmark = pytest.mark.gpu
-CONFIGS = [*host.kernel_shapes(), "dense"]
+CONFIGS = [*host.kernel_shapes(), "dense", *LIKE.values()]
 GUARD = 4096  # elements around an output that no kernel may touch
 
 

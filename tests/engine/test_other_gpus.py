@@ -11,26 +11,26 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
-from marlin.testing.shapes import GPUS, MODELS, ROWS
+from marlin.testing.shapes import GPUS, GROUP_SIZES, LIKE, MODELS, ROWS
 
-OTHERS = [name for name in GPUS if name != "H200"]
+OTHERS = list(LIKE)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gpu", OTHERS)
-@pytest.mark.parametrize("group_size", [-1, 32, 128])
-def test_selections_of_other_gpus(gpu, group_size):
-    _, sm_count, shared_bytes = GPUS[gpu]
+@pytest.mark.parametrize("config", LIKE.values(), ids=LIKE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_selections_of_other_gpus(config, dtype, group_size):
     for k, n in ((512, 192), (2048, 4096), (4096, 6144)):
         weight = random_weight(k, n, group_size, device="cuda")
         values = weight.values()
         for m in (1, 9, 16, 31, 64, 100, 257, 600):
-            a = random_rows(m, k, device="cuda")
-            y = ops.matmul(a, weight.b, weight.s, config=f"like:{sm_count}:{shared_bytes}")
-            check_product(y, a, values)
+            a = random_rows(m, k, dtype=dtype, device="cuda")
+            check_product(ops.matmul(a, weight.b, weight.s, config=config), a, values)
 
 
 @pytest.mark.gpu

@@ -5,15 +5,16 @@ import torch
 
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
+from marlin.testing.shapes import LIKE
 
 pytestmark = pytest.mark.gpu
-CONFIGS = [None, *host.kernel_shapes()]  # None: whatever selection chooses
+CONFIGS = [None, *host.kernel_shapes(), *LIKE.values()]  # None: whatever selection chooses
 
 
 def shared_slices(config, m=40, n=576, k=2048):
     """A name of the configuration under which CTAs share every slice."""
-    if config is None:
-        return None
+    if config not in host.kernel_shapes():  # a selection, which has its own mind
+        return config
     shape = host.kernel_shapes()[config]
     slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
     return f"{config}@{min(3 * slices, 132)}"
