@@ -9,8 +9,8 @@
 namespace marlin {
 
 // The threads of a depth group share the 16-byte chunks of a stage; rows past m and columns past k
-// become zeros. Offsets count chunks, so that 32 bits
-// reach 64 GB of X (torch/checks.cpp sees to it) and spare registers.
+// become zeros. Offsets count chunks, so that 32 bits reach 64 GB of X
+// (torch/checks.cpp refuses more) and spare registers.
 template <CtaShape kShape>
 class ActivationCopy {
   static constexpr int kRowsAtOnce = kShape.group_threads() / kSwizzleChunks;

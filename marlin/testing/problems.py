@@ -68,34 +68,11 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
 
 
-def rounding_on_the_way(a64: Tensor, weight_values: Tensor, group_size: int, dtype) -> Tensor:
-    """What it may cost to round weights, and the product before a bias, to 16 bits.
-
-    Under one scale there are only 16 different weights, so the errors of a group need not cancel
-    where activations have a mean; those of different groups do.
-    """
-    half_ulp = torch.finfo(dtype).eps / 2
-    squares = torch.zeros_like(a64 @ weight_values)
-    for rows in range(0, a64.shape[1], group_size):
-        part = slice(rows, rows + group_size)
-        squares += (a64[:, part].abs() @ weight_values[part].abs()).square()
-    return half_ulp * (squares.sqrt() + (a64 @ weight_values).abs())
-
-
-def check_product(
-    y: Tensor,
-    a: Tensor,
-    weight_values: Tensor,
-    bias: Tensor | None = None,
-    dense_group: int | None = None,
-) -> None:
+def check_product(y: Tensor, a: Tensor, weight_values: Tensor, bias: Tensor | None = None) -> None:
     """Asserts that y = a · W (+ bias) to the project's tolerance, against float64.
 
     Every element: |error| ≤ 2 ulp(reference) + c · sqrt(Σ (a w)²). In the mean: |error| /
     |reference| below the bound of y's type.
-
-    ``dense_group``: of a path that dequantizes first, which rounds more often: how many rows of the
-    weight share a scale. It matters where zero points give a group's weights a mean.
     """
     mean_bound, element_bound = TOLERANCE[y.dtype]
     a64 = a.double().flatten(0, -2)
@@ -108,8 +85,6 @@ def check_product(
     if error.numel() == 0:
         return
     bound = 2 * ulp(reference, y.dtype) + element_bound * spread
-    if dense_group is not None:
-        bound += rounding_on_the_way(a64, weight_values, dense_group, y.dtype)
     worst = (error / bound).max().item()
     assert worst <= 1, f"an element is {worst:.3g} times its bound off"  # also false for NaN
     mean = (error.mean() / reference.abs().mean()).item()

@@ -26,9 +26,7 @@ def synchronized(a, weight, config=None):
 
 
 # By name: few CTAs, whose rings go round.
-@pytest.mark.parametrize(
-    "config", [None, "h8x256x128x2@1", "h64x256x128x2@2", "hh256x256x64x4@1"]
-)  # fmt: skip
+@pytest.mark.parametrize("config", [None, "h8x256x128x2@1", "h64x256x128x2@2", "hh256x256x64x4@1"])
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("captured", [False, True])
 def test_everything_written_just_before(config, m, captured, weights):
