@@ -6,6 +6,14 @@ from gptq.solver import PUBLISHED
 
 FULL, RTN, GPTQ = "full", "rtn", "gptq"
 PLAIN_CLIP = {**PUBLISHED, "clip": True, "metric": "block"}
+# What second moments are multiplied in. The models here are in FP32, and so is this where no row
+# says otherwise; a model in 16 bits has its own type, exactly. That layers which read one input
+# share their second moments changes no number, so there is no row for it.
+PRODUCTS = {
+    "FP16 products": {"products": "float16"},
+    "BF16 products": {"products": "bfloat16"},
+    "FP64 products": {"products": "float64"},
+}
 # Each addition to the published algorithm alone …
 ALONE = {
     "clip by conditional H": {"clip": True, "metric": "conditional"},
@@ -23,7 +31,11 @@ TOGETHER = {
     "+ refit": {"refit": True},
 }
 # The default with one choice made otherwise.
-INSTEAD = {"metric trial": {"metric": "trial"}, "one sweep": {"sweeps": 1}}
+INSTEAD = {
+    "metric trial": {"metric": "trial"},
+    "one sweep": {"sweeps": 1},
+    "default, BF16 products": {"products": "bfloat16"},
+}
 TOKENS = 24_576
 GROWTH = (12_288, 49_152, None)  # None: all there are
 SEEDS = (0, 1, 2)
@@ -36,7 +48,7 @@ class Row:
     name: str
     method: str
     group_size: int = 64
-    options: tuple = ()  # (name, value) pairs for solver.rtn or solver.gptq
+    options: tuple = ()  # (name, value) pairs for solver.rtn or walk.quantize_gptq
     seed: int = 0
     tokens: int | None = TOKENS  # of calibration, for GPTQ (an encoder counts sentences instead)
 
@@ -74,16 +86,20 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
         steps[name] = dict(stacked)
     for seed in SEEDS[1:]:
         rows += gptq_rows(anchors, main, seed, tokens)
+    alone = {name: {**PUBLISHED, **options} for name, options in ALONE.items()}
+    products = {name: {**PUBLISHED, **options} for name, options in PRODUCTS.items()}
     rows += gptq_rows(steps, main, 0, tokens)
     rows += gptq_rows(INSTEAD, main, 0, tokens)
     for amount in growth[:1]:
         rows += gptq_rows(short, main, 0, amount)
     for group in others:
-        rows += rtn_rows(group, tokens)[:1] + gptq_rows(short, group, 0, tokens)
-    rows += gptq_rows({n: {**PUBLISHED, **o} for n, o in ALONE.items()}, main, 0, tokens)
+        rows += rtn_rows(group, tokens) + gptq_rows(anchors, group, 0, tokens)
+    rows += gptq_rows(products, main, 0, tokens) + gptq_rows(alone, main, 0, tokens)
     for amount in growth[1:-1]:
         rows += gptq_rows(short, main, 0, amount)
     for seed in SEEDS[1:]:  # all there is would be the same text
         for amount in growth[:-1]:
             rows += gptq_rows(short, main, seed, amount)
+    for group in others:
+        rows += gptq_rows(steps, group, 0, tokens) + gptq_rows(alone, group, 0, tokens)
     return rows

@@ -39,12 +39,17 @@ def collect(
     index: int,
     device: torch.device | str,
     hessian_device: torch.device | str,
+    products: str,
 ) -> Collected:
-    """Run every batch through ``layer``, the index-th, which is on ``device``."""
+    """Run every batch through ``layer``, the index-th, which is on ``device``.
+
+    products: of ``Hessian``.
+    """
     apart: set[Target] = set()
     while True:
         try:
-            return _Pass(linears, hessian_device, apart).run(layer, batches, index, device)
+            one = _Pass(linears, hessian_device, products, apart)
+            return one.run(layer, batches, index, device)
         except _ReadsAnother as error:  # a router may do so; what was summed so far is wrong
             apart.add(error.target)
 
@@ -52,8 +57,11 @@ def collect(
 class _Pass:
     """One pass over the samples."""
 
-    def __init__(self, linears: dict[Target, nn.Module], device, apart: set[Target]) -> None:
+    def __init__(
+        self, linears: dict[Target, nn.Module], device, products: str, apart: set[Target]
+    ) -> None:
         self.linears, self.device, self.apart = linears, device, apart
+        self.products = products
         self.leaders: dict[Target, Target] = {}  # target -> the first one that reads the same input
         self.hessians: dict[Target, Hessian] = {}
         # Of this batch: held, so that no address is used twice.
@@ -97,7 +105,7 @@ class _Pass:
                 raise _ReadsAnother(target)
             if leader is target:
                 if target not in self.hessians:
-                    self.hessians[target] = _new_hessian(target.k, self.device)
+                    self.hessians[target] = _new_hessian(target.k, self.device, self.products)
                 hessian = self.hessians[target]
                 hessian.add(tensor.to(hessian.sum.device))
 
@@ -147,10 +155,10 @@ def _finite(hessian: Hessian) -> bool:
     return bool(torch.isfinite(hessian.sum.diagonal()).all())  # squares: they show everything
 
 
-def _new_hessian(k: int, device) -> Hessian:
+def _new_hessian(k: int, device, products: str) -> Hessian:
     try:
-        return Hessian(k, device)
+        return Hessian(k, device, products=products)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-    return Hessian(k, "cpu")
+    return Hessian(k, "cpu", products=products)

@@ -44,8 +44,8 @@ def candidate_scales(
     """Scales worth trying for a group (..., g, n): (candidates, ..., n), values that FP16 holds.
 
     The first is always ``absmax_scale``. clip: ``count`` ratios of it, down to SMALLEST_RATIO, so
-    that the largest weights are given up for the others. full_range: both signs of all of these,
-    or, without clip, also ``full_range_scale``.
+    that the largest weights are given up for the others. full_range: also ``full_range_scale``
+    and, with clip, its negative and those of all the others.
     """
     full = group.abs().amax(dim=-2) / HALF_RANGE
     if not clip:
@@ -53,7 +53,10 @@ def candidate_scales(
         return torch.stack(found)
     ratios = torch.linspace(1.0, SMALLEST_RATIO, count, dtype=full.dtype, device=full.device)
     scales = round_scale(full * ratios.view(-1, *(1,) * full.dim()))
-    return torch.cat([scales, -scales]) if full_range else scales
+    if not full_range:
+        return scales
+    extreme = full_range_scale(group)[None]
+    return torch.cat([scales, extreme, -scales, -extreme])
 
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:

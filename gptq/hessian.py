@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
+PRODUCTS = {
+    "own": None,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 # Rows in one product with or for H, which is symmetric: what is behind them need not be looked at.
 # Few enough to save almost half, many enough to keep the device busy.
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 2048}
@@ -17,10 +24,21 @@ class Hessian:
     """Running sum of ``x xᵀ`` over the tokens seen, in FP32, on one device.
 
     Layers that read the same input (q, k and v; gate and up) share one of these.
+
+    products: a key of PRODUCTS, the type that inputs are rounded to before they are multiplied.
+    "own" rounds nothing: products of FP16 and BF16 are exact and quick, anything wider is
+    multiplied in FP32. "float16" ends at 65504, what is beyond becomes infinite. "float64" sums in
+    FP64, too. Raises ValueError for any other.
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self.sum = torch.zeros(k, k, dtype=torch.float32, device=device)  # its lower half counts
+    def __init__(
+        self, k: int, device: torch.device | str = "cpu", *, products: str = "own"
+    ) -> None:
+        if products not in PRODUCTS:
+            raise ValueError(f"products: expected one of {', '.join(PRODUCTS)}, got {products!r}")
+        self.products = PRODUCTS[products]
+        exact = torch.float64 if self.products is torch.float64 else torch.float32
+        self.sum = torch.zeros(k, k, dtype=exact, device=device)  # its lower half counts
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -33,10 +51,10 @@ class Hessian:
             raise ValueError(
                 f"inputs: expected (..., {k}) as in the first call, got {tuple(inputs.shape)}"
             )
-        tokens = inputs.reshape(-1, k)
+        tokens = inputs.reshape(-1, k).to(self.products or inputs.dtype)
         # Tensor cores multiply halves exactly and sum in FP32, and no FP32 copy is needed.
         exact = tokens.is_cuda and self.sum.is_cuda and tokens.dtype in HALVES
-        tokens = tokens if exact else tokens.float()
+        tokens = tokens if exact else tokens.to(self.sum.dtype)
         for rows in _parts(self.sum):
             part = self.sum[rows, : rows.stop]
             left, right = tokens[:, rows].T, tokens[:, : rows.stop]
@@ -50,7 +68,7 @@ class Hessian:
         """The (k, k) FP32 average over tokens. Raises ValueError before any token was added."""
         if self.tokens == 0:
             raise ValueError("Hessian: expected at least one token before mean(), got none")
-        mean = self.sum / self.tokens
+        mean = (self.sum / self.tokens).float()
         for rows in _parts(mean):
             mean[rows, rows.stop :] = mean[rows.stop :, rows].T
         return mean

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from . import calibration, solver
+from .hessian import PRODUCTS, Hessian
 from .plan import GROUP_SIZES, PER_COLUMN
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -19,7 +20,9 @@ SOLVER_HELP = {
     "guard": "layers that would lose less by the published algorithm get what that finds",
     "metric": "by what loss a scale is chosen",
     "damping": "of the second moments, relative to their mean diagonal",
+    "products": "what layers' inputs are rounded to for their second moments; own: not at all",
 }
+CHOICES = {"metric": solver.METRICS, "products": PRODUCTS}
 MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
 
 
@@ -127,8 +130,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def solver_options() -> dict[str, inspect.Parameter]:
-    """The switches of ``solver.gptq``, by name, that the command line offers."""
-    parameters = inspect.signature(solver.gptq).parameters
+    """The switches of ``solver.gptq`` and ``Hessian``, by name, that the command line offers."""
+    parameters = {
+        **inspect.signature(solver.gptq).parameters,
+        **inspect.signature(Hessian).parameters,
+    }
     return {name: parameters[name] for name in SOLVER_HELP}
 
 
@@ -148,7 +154,7 @@ def add_solver_options(group) -> None:
                 f"--{option}",
                 type=type(default),
                 default=default,
-                choices=solver.METRICS if name == "metric" else None,
+                choices=CHOICES.get(name),
                 help=f"{SOLVER_HELP[name]} (default: %(default)s)",
             )
 

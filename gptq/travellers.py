@@ -33,7 +33,7 @@ class Travellers:
 
     device, dtype: what layers are computed on and in, None for their own type.
     skip_bad: leave out samples that become NaN or infinite instead of raising NonFiniteError;
-    on_skip hears the number of each, and where it showed first.
+    on_skip hears the number of each, and where it showed first. products: of ``Hessian``.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class Travellers:
         dtype: torch.dtype | None,
         skip_bad: bool,
         on_skip: Callable[[int, str], None],
+        products: str,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.products = device, dtype, products
         self.skip_bad, self.on_skip = skip_bad, on_skip
         self.batches: list[Batch] = []
         # Where activations wait for their turn, and where Hessians are summed up.
@@ -74,7 +75,9 @@ class Travellers:
                 raise NonFiniteError(f"{target.name}: expected finite weights, got NaN or Inf")
         while True:
             try:
-                found = collect(layer, linears, self.batches, index, self.device, self.hessians)
+                found = collect(
+                    layer, linears, self.batches, index, self.device, self.hessians, self.products
+                )
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

@@ -100,6 +100,7 @@ def quantize_gptq(
     skip_bad_samples: bool = False,
     on_skip: Callable[[int, str], None] = _ignore,
     done: Done | None = None,
+    products: str = "own",
     **options,
 ) -> Iterator[list[Result]]:
     """GPTQ on every target, in place; yields the results of each decoder layer when it is done.
@@ -114,7 +115,7 @@ def quantize_gptq(
         results that are not done before, when the samples have yet to go through it.
     skip_bad_samples: leave out samples that lead to NaN or infinite activations instead of
         stopping; on_skip hears the number of each, and where it showed first.
-    options: for ``solver.gptq``.
+    products: what second moments are multiplied in, see ``Hessian``. options: for ``solver.gptq``.
     Raises NonFiniteError naming the layer, and the sample if it is not the weights' fault.
     """
     model.eval()
@@ -126,7 +127,7 @@ def quantize_gptq(
         return
     # Half precision is slow on CPUs, and rounding would add up over the layers.
     dtype = torch.float32 if device.type == "cpu" else None
-    travellers = Travellers(device, dtype, skip_bad_samples, on_skip)
+    travellers = Travellers(device, dtype, skip_bad_samples, on_skip, products)
     with phase("forward"):
         travellers.depart(model, layers, samples)
     ahead = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cli, quality_rows, quality_subject, quality_texts
+from bench import cli, quality_readme, quality_rows, quality_subject, quality_texts
 from bench.quality_judges import LanguageJudge, Score, resampled
 from gptq import calibration, solver
 
@@ -104,6 +104,59 @@ def test_rows_start_with_what_tells_most_and_end_with_all_on():
         seeds = {r.seed for r in rows if (r.name, r.tokens) == ("default", tokens)}
         assert seeds == {0, 1, 2}
     assert {row.group_size for row in rows} == {64, 32, -1}
+
+
+def test_every_group_size_gets_the_three_roundings_each_addition_alone_and_all_together():
+    rows = quality_rows.matrix([128, 64, 32, -1], 400, (100, 1600))
+    expected = {"RTN", "RTN full range", "RTN clipped", "published", "plain clip", "default"}
+    for group in (128, 64, 32, -1):
+        names = {row.name for row in rows if row.group_size == group and row.tokens == 400}
+        assert names >= expected | set(quality_rows.ALONE) | set(quality_rows.TOGETHER)
+    assert set(quality_rows.PRODUCTS) < {row.name for row in rows if row.group_size == 128}
+    # A run that is cut loses single additions of other group sizes before their main rows.
+    main = [i for i, row in enumerate(rows) if row.group_size != 128 and row.name in expected]
+    alone = [i for i, r in enumerate(rows) if r.group_size != 128 and r.name in quality_rows.ALONE]
+    assert max(main) < min(alone)
+
+
+def test_what_a_row_is_compared_with_comes_before_it():
+    rows = quality_rows.matrix([64, 32, -1], 24_576, (12_288, 49_152, None))
+    seen, rounded = set(), set()
+    for row in rows:
+        place = (row.name, *row.settings())
+        assert place not in seen
+        seen.add(place)
+        if row.name == "RTN":
+            rounded.add(row.group_size)
+        assert row.group_size in rounded
+        assert row.method == quality_rows.RTN or ("published", *row.settings()) in seen
+
+
+def test_every_row_of_the_matrix_quantizes(directories):
+    """Each set of options once, in a model that is too small to tell which is better."""
+    subject = quality_subject.Subject(directories[1], "cpu", quick=True)
+    rows = {(row.method, row.options): row for row in quality_rows.matrix([32], 8, (4,))}
+    for row in rows.values():
+        model, results = subject.quantize(row)
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+        assert all(0 < result.loss < 1 for result in results)
+        assert bool(results) == (row.method == quality_rows.GPTQ)
+
+
+def test_the_readme_shows_the_main_rows_whatever_else_was_measured():
+    result = json.loads(quality_readme.RESULT.read_text())
+    whole = quality_readme.section(result)
+    others = [
+        {**row, "group_size": group, "name": name}
+        for row in result["rows"] if row["name"] == "published"
+        for group, name in ((32, "published"), (32, "default"), (-1, "FP16 products"))
+    ]  # fmt: skip
+    assert quality_readme.section({**result, "rows": result["rows"] + others}) == whole
+    few = [row for row in result["rows"] if row["name"] != "plain clip"]
+    missing = quality_readme.section({**result, "rows": few})
+    assert set(whole.splitlines()) - set(missing.splitlines()) == {
+        line for line in whole.splitlines() if "searched scales" in line
+    }
 
 
 def test_held_out_text_is_held_out():

@@ -67,7 +67,11 @@ def test_full_range_scale_puts_the_largest_weight_at_code_zero():
 def test_candidates_start_with_absmax_and_are_fp16_values(clip, full_range):
     group = torch.randn(3, 32, 5, generator=torch.Generator().manual_seed(1))
     found = grid.candidate_scales(group, clip=clip, full_range=full_range, count=7)
-    expected = (7 if clip else 1) * (2 if full_range else 1)
+    expected = 7 if clip else 1
+    if full_range:  # one more, and with clip both signs of all
+        expected = (expected + 1) * (2 if clip else 1)
+        extremes = [grid.full_range_scale(group)] + [-grid.full_range_scale(group)] * clip
+        assert all((found == extreme).all(dim=(1, 2)).any() for extreme in extremes)
     assert found.shape == (expected, 3, 5)
     assert torch.equal(found[0], grid.absmax_scale(group))
     assert torch.equal(found, found.half().float())

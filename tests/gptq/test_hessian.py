@@ -48,7 +48,30 @@ def test_half_precision_inputs_are_summed_in_float32():
     assert hessian.sum[0, 1] == 5000
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("products", hessian_module.PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_of_inputs_rounded_to_the_type_asked_for(products, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 24, generator=generator).to(dtype)
+    hessian = Hessian(24, device, products=products)
+    hessian.add(inputs[:90].to(device))
+    hessian.add(inputs[90:].to(device))
+    rounded = inputs.to(hessian_module.PRODUCTS[products] or dtype).double()
+    mean = hessian.mean()
+    assert mean.dtype == torch.float32
+    exact = rounded.T @ rounded / 200
+    torch.testing.assert_close(mean.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+    if products == "float64":  # FP32 is where it ends, not where it was summed
+        assert torch.equal(mean.cpu(), exact.float())
+    if dtype == torch.float32 and products in ("float16", "bfloat16"):  # which can be told
+        full = inputs.double().T @ inputs.double() / 200
+        assert (mean.cpu() - full).abs().max() > 1e-5
+
+
 def test_misuse_is_refused():
+    with pytest.raises(ValueError, match=r"products: expected one of own, .*, got 'tf32'"):
+        Hessian(4, products="tf32")
     with pytest.raises(ValueError, match="at least one token"):
         Hessian(4).mean()
     with pytest.raises(ValueError, match=r"expected \(..., 4\).*got \(3, 5\)"):

@@ -79,6 +79,7 @@ def textbook(weight, hessian, group_size, *, clip, metric="block", full_range=Fa
                 ratios = torch.linspace(
                     1.0, grid.SMALLEST_RATIO, grid.CANDIDATES, dtype=torch.float64
                 ).tolist()
+                ratios += [7.5 / 8] if full_range else []
                 signs = (1, -1) if full_range else (1,)
                 for sign, ratio in itertools.product(signs, ratios if clip else [1.0]):
                     scale = (full * ratio * sign).half().double()

@@ -10,7 +10,7 @@ from models import BUILD, HIDDEN, MLP, build, token_samples
 from torch import nn
 
 from gptq import grid, record, solver, travellers, walk
-from gptq.hessian import Hessian
+from gptq.hessian import PRODUCTS, Hessian
 from gptq.plan import find_blocks, make_plan
 from marlin.layer import dense_weight
 
@@ -160,6 +160,22 @@ def test_solutions_come_from_what_each_layer_reads(name):
                 dense_weight(linear).copy_(result.solution.dequantize())
 
 
+@pytest.mark.parametrize("products", [*PRODUCTS, "tf32"])
+def test_second_moments_are_multiplied_in_the_type_asked_for(products):
+    model, samples = build("llama"), token_samples((90, 80))
+    if products not in PRODUCTS:
+        with pytest.raises(ValueError, match="products: expected one of own"):
+            quantize(model, samples, products=products)
+        return
+    losses, plain = (
+        [result.loss for result in quantize(copy.deepcopy(model), samples, products=which)[1]]
+        for which in (products, "own")
+    )
+    # The model is in FP32: only 16-bit products can be told from its own.
+    assert (losses[:4] == pytest.approx(plain[:4], rel=1e-4)) == (products[-2:] != "16")
+    assert losses == pytest.approx(plain, rel=0.2)
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -177,7 +193,9 @@ def test_layers_that_read_one_input_share_one_hessian(name, expected, monkeypatc
         lambda reading, *rest: groups.append(reading.targets) or solve(reading, *rest),
     )
     monkeypatch.setattr(
-        Hessian, "__init__", lambda self, *args: made.append(self) or create(self, *args)
+        Hessian,
+        "__init__",
+        lambda self, *args, **kw: made.append(self) or create(self, *args, **kw),
     )
     quantize(build(name), token_samples())
     assert len(made) == len(groups) == 3 * 4
