@@ -53,7 +53,21 @@ __device__ Two<Value> scaled(uint32_t differences, Scale scale) {
   }
 }
 
+// What that rounding takes off the exact products, itself rounded (seldom: FP16 has room for all of
+// what its own scales leave, BF16 for any); nothing where a value is no longer finite.
 template <typename Value, typename Scale>
+__device__ Two<Value> remainder(uint32_t differences, Scale scale) {
+  const float2 floats = as_floats(as_pair<typename PairOf<Value>::type>(differences));
+  const auto factor = static_cast<float>(scale);
+  const Two<Value> kept = scaled<Value>(differences, scale);
+  auto left = [factor](float difference, Value value) {
+    const auto rounded = static_cast<float>(value);
+    return static_cast<Value>(isfinite(rounded) ? difference * factor - rounded : 0.0f);
+  };
+  return {left(floats.x, kept.first), left(floats.y, kept.second)};
+}
+
+template <typename Value, typename Scale, bool kRemainder>
 __global__ void __launch_bounds__(32 * kWarps) dequantize_kernel(const DequantizeParams p) {
   using Half = std::conditional_t<std::is_same_v<Value, float>, __half, Value>;
   constexpr int kChunk = 16 / sizeof(Value);
@@ -88,7 +102,11 @@ __global__ void __launch_bounds__(32 * kWarps) dequantize_kernel(const Dequantiz
             : dequantize<Half>(word[block], zeros.of[2 * block], zeros.of[2 * block + 1]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // columns c, c + 8; then eight rows further down
-      const auto two = scaled<Value>(differences.registers[i], scales.of[2 * block + i % 2]);
+      const uint32_t pair = differences.registers[i];
+      const Scale scale = scales.of[2 * block + i % 2];
+      Two<Value> two;
+      if constexpr (kRemainder) two = remainder<Value>(pair, scale);
+      else two = scaled<Value>(pair, scale);
       const int r = row + 8 * (i / 2), c = 16 * block + column + 8 * (i % 2);
       tile_values[r][c] = two.first;
       tile_values[r + 1][c] = two.second;
@@ -107,12 +125,13 @@ __global__ void __launch_bounds__(32 * kWarps) dequantize_kernel(const Dequantiz
   }
 }
 
-template <typename Value>
+template <typename Value, bool kRemainder>
 void launch(const DequantizeParams& params, cudaStream_t stream) {
   const int64_t tiles = params.k / kTileRows * params.strips;
   const auto ctas = static_cast<unsigned>((tiles + kWarps - 1) / kWarps);
-  const auto kernel = params.scale_dtype == Dtype::kF16 ? dequantize_kernel<Value, __half>
-                                                        : dequantize_kernel<Value, __nv_bfloat16>;
+  const auto kernel = params.scale_dtype == Dtype::kF16
+                          ? dequantize_kernel<Value, __half, kRemainder>
+                          : dequantize_kernel<Value, __nv_bfloat16, kRemainder>;
   kernel<<<ctas, 32 * kWarps, 0, stream>>>(params);
 }
 
@@ -121,10 +140,18 @@ void launch(const DequantizeParams& params, cudaStream_t stream) {
 cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream) {
   DequantizeParams part = params;
   if (part.strips == 0) part.strips = part.n / kTileColumns;
+  const bool remainder = part.remainder;
   switch (part.value_dtype) {
-    case Dtype::kF16: launch<__half>(part, stream); break;
-    case Dtype::kBF16: launch<__nv_bfloat16>(part, stream); break;
-    case Dtype::kF32: launch<float>(part, stream); break;
+    case Dtype::kF16:
+      (remainder ? launch<__half, true> : launch<__half, false>)(part, stream);
+      break;
+    case Dtype::kBF16:
+      (remainder ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>)(part, stream);
+      break;
+    case Dtype::kF32:
+      if (remainder) return cudaErrorInvalidValue;
+      launch<float, false>(part, stream);
+      break;
   }
   return cudaGetLastError();
 }

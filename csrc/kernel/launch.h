@@ -35,11 +35,22 @@ struct DequantizeParams {
   const uint8_t* zeros = nullptr;  // (groups, n) like the scales; nullptr: all kCodeZero
   int64_t first_strip = 0;         // of 64 columns
   int64_t strips = 0;              // how many; 0: all there are
+  bool remainder = false;          // of 16-bit values: what rounding to them takes off instead
 };
 cudaError_t launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
 
-// y (m, n) += bias, in y's type.
-cudaError_t launch_add_bias(const void* bias, Dtype bias_dtype, int64_t m, int64_t n, Dtype dtype,
-                            void* y, cudaStream_t stream);
+// Y = the terms' sum + bias, in FP32, rounded once.
+struct RoundSumsParams {
+  const float* sums;  // `terms` times (rows, columns), one after another
+  int terms;
+  int64_t rows;
+  int64_t columns;   // a multiple of 64
+  const void* bias;  // (columns) or nullptr
+  Dtype bias_dtype;
+  Dtype dtype;  // of y, 16 bits
+  void* y;      // (rows, columns), 8-byte aligned, rows y_pitch elements apart
+  int64_t y_pitch;
+};
+cudaError_t launch_round_sums(const RoundSumsParams& params, cudaStream_t stream);
 
 }  // namespace marlin

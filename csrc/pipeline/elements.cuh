@@ -17,14 +17,6 @@ __device__ inline float load_element(const void* data, Dtype dtype, int64_t inde
   }
 }
 
-__device__ inline void store_element(void* data, Dtype dtype, int64_t index, float value) {
-  switch (dtype) {
-    case Dtype::kF16: static_cast<__half*>(data)[index] = __float2half_rn(value); break;
-    case Dtype::kBF16: static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value); break;
-    default: static_cast<float*>(data)[index] = value;
-  }
-}
-
 __device__ inline uint16_t half_bits(__half, float value) {
   return __half_as_ushort(__float2half_rn(value));
 }

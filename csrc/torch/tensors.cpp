@@ -66,4 +66,13 @@ void blas_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Without addmm, which would add to `out`: its factors are Scalars, which the stable ABI cannot pass.
+void blas_product(const Tensor& x, const Tensor& w, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(w), from(out.scalar_type()), from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace marlin::ops

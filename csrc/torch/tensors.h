@@ -43,4 +43,7 @@ Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 void blas_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                  const Tensor& out);
 
+// out = x · w, (m, k) by (k, n) in 16 bits, on CUDA alone; out in FP32.
+void blas_product(const Tensor& x, const Tensor& w, const Tensor& out);
+
 }  // namespace marlin::ops
