@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from marlin import integrations, ops
+from marlin.ops import TILE_COLUMNS, call_inference
 from marlin.packed import SCALE_DTYPES, PackedModule, mark_empty, padded, resolve_group_size
 from marlin.quantized import Quantized
 
@@ -156,14 +158,15 @@ class MarlinLinear(PackedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features), of x's type."""
         # Inference, with nothing to do around the operator. Without a device's name, a module's
-        # attributes that are not its own, like its buffers, and another call of Python: together
-        # they would take the host as long as a fifth of the operator.
+        # attributes that are not its own, like its buffers, and other calls of Python: together
+        # they would take the host as long as a quarter of the operator.
         buffers = self._buffers
         if (
             torch.is_grad_enabled()
             or torch._C._is_any_autocast_enabled()
             or x.dtype is torch.float32
-            or self.out_features % ops.TILE_COLUMNS
+            or is_dynamo_compiling()
+            or self.out_features % TILE_COLUMNS
             or buffers["perm"] is not None
             or buffers["zeros"] is not None
         ):
@@ -171,8 +174,8 @@ class MarlinLinear(PackedModule):
         # It may have become a parameter; only then, as a module's attribute, it is slow to reach.
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401
         if bias is None:
-            return ops.mul_inference(x, buffers["B"], buffers["s"])
-        return ops.mul_inference(x, buffers["B"], buffers["s"], bias)
+            return call_inference(x, buffers["B"], buffers["s"])
+        return call_inference(x, buffers["B"], buffers["s"], bias)
 
     def _forward_any(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type

@@ -60,6 +60,7 @@ _why_no_cuda = _load_cuda()
 _ops = torch.ops.marlin
 _mul = _ops.mul.default
 mul_inference = _ops.mul_inference.default  # `matmul` where nothing needs a gradient
+call_inference = mul_inference._op  # what that calls in turn; torch.compile cannot trace it
 
 
 def _refuse_cuda(name: str):
