@@ -354,10 +354,16 @@ def test_generate_compiled_on_a_gpu(tmp_path):
     marlin.quantize(model)
     marlin.save_pretrained(model, tmp_path)
     model = load(tmp_path, device_map="cuda:0")
+    model.generation_config.eos_token_id = None  # all rows go on to the end
     ids = IDS.cuda()
     arguments = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    eager = model.generate(ids, **arguments)
     # transformers compiles by itself, with CUDA graphs, where the cache is static.
     compiled = model.generate(ids, **arguments, cache_implementation="static")
     assert hasattr(model, "_compiled_call")
-    assert (eager == compiled).float().mean() > 0.9  # sums in another order may turn a tie
+    # Sums in another order may turn a tie, and all that follows. So each token is judged by what an
+    # eager call makes of those before it: none scores higher, but for rounding.
+    with torch.inference_mode():
+        scores = model(compiled[:, :-1]).logits[:, ids.shape[1] - 1 :].float()
+    new = compiled[:, ids.shape[1] :, None]
+    behind = scores.amax(-1) - scores.gather(-1, new).squeeze(-1)
+    assert new.shape[1] == 24 and behind.max() < 0.05 * scores.std()
