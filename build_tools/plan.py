@@ -68,13 +68,10 @@ class BuildPlan:
     nvcc_flags: list[str]  # beside the architectures
     archs: str
     report: dict  # becomes marlin/_build.json, which `marlin info` and errors read
-    spilling: set[str] = field(default_factory=set)  # sources of kernels not selected on 8.x
 
     def archs_of(self, source: str) -> str:
         """What a source is compiled for: kernels for the GPUs that use them."""
-        if is_sm90(source):
-            return SM90_ARCH
-        return without_8x_code(self.archs) if source in self.spilling else self.archs
+        return SM90_ARCH if is_sm90(source) else self.archs
 
     def flags_for(self, source: str) -> list[str]:
         """nvcc's flags for a source."""
@@ -87,22 +84,6 @@ class BuildPlan:
 def is_sm90(source: str) -> bool:
     """Whether a source holds kernels of the sm_90 engine."""
     return Path(source).name.startswith("sm90_")
-
-
-def find_spilling(root: Path) -> set[str]:
-    """Sources of the kernels that core/config.h marks as spilling on 8.x."""
-    shapes = re.findall(
-        r'NamedShape\{"(\w+)", \{[^}]*\}, true\}', (root / "csrc/core/config.h").read_text()
-    )
-    return {f"csrc/kernel/instances/sm80_{name}.cu" for name in shapes}
-
-
-def without_8x_code(archs: str) -> str:
-    """The same without machine code for 8.x, where there is PTX to stand in for it."""
-    wanted = [arch.strip() for arch in archs.split(";")]
-    if "8.0+PTX" not in wanted:
-        return archs
-    return ";".join(arch for arch in wanted if arch == "8.0+PTX" or not arch.startswith("8."))
 
 
 def find_nvcc() -> str | None:
@@ -195,7 +176,7 @@ def plan_build(root: Path) -> BuildPlan:
         ),
     ]
     archs = os.environ.get("MARLIN_CUDA_ARCHS") or DEFAULT_ARCHS
-    nvcc_flags, spilling = [], set()
+    nvcc_flags = []
     report = {"cuda": missing is None, "why_no_cuda": missing, "torch": torch.__version__}
     if missing is None:
         cuda_home = Path(nvcc).resolve().parent.parent
@@ -222,11 +203,11 @@ def plan_build(root: Path) -> BuildPlan:
         )
         version = nvcc_version(nvcc)
         arch_flags(archs)  # refuses what is none
-        nvcc_flags, spilling = list(NVCC_FLAGS), find_spilling(root)
+        nvcc_flags = list(NVCC_FLAGS)
         if version >= (12, 8):  # the first that knows it
             nvcc_flags.append("--compress-mode=size")
         if os.environ.get("MARLIN_RACECHECK") == "1":
             nvcc_flags.append("-DMARLIN_RACECHECK")
         report |= {"nvcc": "{}.{}".format(*version), "archs": archs}
     cxx = os.environ.get("CXX", "g++")
-    return BuildPlan(root, libraries, cxx, nvcc, nvcc_flags, archs, report, spilling)
+    return BuildPlan(root, libraries, cxx, nvcc, nvcc_flags, archs, report)

@@ -170,8 +170,7 @@ py::dict kernel_shapes() {
     entry["threads"] = threads;
     entry["twins"] = ctas_of_run(config);  // CTAs of a run
     entry["shared_bytes"] = shared_bytes(config);
-    entry["spills_on_8x"] =
-        config.engine == Engine::kSm80 && kSm80Shapes[config.shape].spills_on_8x;
+    entry["scales_sums"] = scales_sums(config);  // or weights
     shapes[py::str(std::string(shape_name(config)))] = entry;
   };
   for (size_t i = 0; i < kSm80Shapes.size(); ++i)

@@ -28,30 +28,36 @@ struct CtaShape {
   constexpr int group_threads() const { return 32 * group_warps(); }
   constexpr int threads() const { return group_threads() * depth_groups; }
   constexpr int rows_per_warp() const { return rows / row_warps; }
+  // Scales multiply sums, in FP32, or where a warp has too many of those, weights, in 16 bits.
+  constexpr bool scales_sums() const { return rows_per_warp() <= 32; }
   constexpr bool operator==(const CtaShape&) const = default;
 };
 
 struct NamedShape {
   std::string_view name;  // rows x columns x depth x depth groups
   CtaShape shape;
-  bool spills_on_8x = false;  // a few registers, in the main loop (tests read it off the binaries)
 };
 
 // kernel/instances/ compiles each of these; dispatch/select.cpp chooses among them.
 inline constexpr std::array kSm80Shapes{
-    NamedShape{"8x256x64x4", {8, 1, 4, 64, 4, 3}},
-    NamedShape{"8x256x128x4", {8, 1, 4, 128, 4, 2}},
     NamedShape{"8x128x64x4", {8, 1, 2, 64, 4, 4}},
-    NamedShape{"16x256x64x4", {16, 1, 4, 64, 4, 3}},
-    NamedShape{"16x256x128x4", {16, 1, 4, 128, 4, 2}, true},
+    NamedShape{"8x128x128x4", {8, 1, 2, 128, 4, 3}},
+    NamedShape{"8x256x128x2", {8, 1, 4, 128, 2, 3}},
+    NamedShape{"8x256x128x4", {8, 1, 4, 128, 4, 2}},
     NamedShape{"16x256x64x2", {16, 1, 4, 64, 2, 3}},
-    NamedShape{"16x128x64x4", {16, 1, 2, 64, 4, 4}},
+    NamedShape{"16x128x128x4", {16, 1, 2, 128, 4, 3}},
+    NamedShape{"16x256x128x2", {16, 1, 4, 128, 2, 3}},
     NamedShape{"32x256x64x2", {32, 1, 4, 64, 2, 3}},
-    NamedShape{"32x256x128x2", {32, 1, 4, 128, 2, 3}, true},
     NamedShape{"32x128x64x4", {32, 1, 2, 64, 4, 3}},
+    NamedShape{"32x256x128x2", {32, 1, 4, 128, 2, 3}},
+    NamedShape{"48x256x128x2", {48, 1, 4, 128, 2, 2}},
     NamedShape{"64x128x64x2", {64, 2, 2, 64, 2, 3}},
-    NamedShape{"64x256x128x2", {64, 1, 4, 128, 2, 3}, true},
-    NamedShape{"128x256x128x1", {128, 2, 4, 128, 1, 3}, true},
+    NamedShape{"64x128x64x4", {64, 1, 2, 64, 4, 3}},
+    NamedShape{"64x256x128x1", {64, 2, 4, 128, 1, 2}},
+    NamedShape{"64x256x128x2", {64, 1, 4, 128, 2, 2}},
+    NamedShape{"96x256x128x1", {96, 2, 4, 128, 1, 2}},
+    NamedShape{"128x256x64x1", {128, 2, 4, 64, 1, 3}},
+    NamedShape{"128x256x128x1", {128, 2, 4, 128, 1, 3}},
 };
 
 constexpr size_t sm80_index(std::string_view name) {
@@ -162,6 +168,12 @@ constexpr TileShape tile_shape(const KernelConfig& config) {
   }
   const Sm90Shape& shape = kSm90Shapes[config.shape].shape;
   return {shape.rows, shape.columns * shape.twins, shape.depth};
+}
+
+// Whether scales multiply sums, in FP32, not weights.
+constexpr bool scales_sums(const KernelConfig& config) {
+  return config.engine == Engine::kSm80 ? kSm80Shapes[config.shape].shape.scales_sums()
+                                        : kSm90Shapes[config.shape].shape.scales_sums();
 }
 
 constexpr std::string_view shape_name(const KernelConfig& config) {

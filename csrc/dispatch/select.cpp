@@ -4,6 +4,7 @@
 #include <array>
 #include <charconv>
 #include <limits>
+#include <span>
 
 #include "dispatch/select_sm90.h"
 #include "format/shared_memory.h"
@@ -19,68 +20,107 @@ constexpr int64_t kDenseTileStrips = 256 / kTileColumns;  // of cuBLAS, at its w
 constexpr int kRasterRows = 1024;
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 
-// A row holds for batches and weights up to these sizes that no row above it holds for. Its shapes are
-// in order of preference: the first that fits the GPU's shared memory is taken. What follows each row
-// is why it is there: us on an H200, group 128, FP16, 2026-11-21 (bench/LOG.md says how measured).
+// The sm_80 engine, up to 64 rows and for small weights: a row holds for batches and weights up to these
+// sizes that no row above it holds for. Of its shapes the first that fits is taken, the second where a
+// block has 99 KB of shared memory, not 163, or scales must multiply sums. What follows a row is why it
+// is there: us on an H200, which stands in for cards of 8.x (bench/LOG.md), group 128, FP16,
+// 2026-11-21.
 struct Row {
   int64_t rows;     // m
   int64_t weights;  // k · n
-  std::array<std::string_view, 3> shapes;
+  std::array<std::string_view, 2> shapes;
 };
 
+constexpr int64_t kMi = 1 << 20;
 constexpr std::array kTable{
-    Row{8, 24 << 20, {"8x128x64x4"}},                               // 4096x4096: 7.7, next best 8.2
-    Row{8, kAny, {"8x256x128x4", "8x256x64x4", "8x128x64x4"}},      // 8192x8192: 14.2, next 14.9
-    Row{16, 17 << 20, {"16x128x64x4", "16x256x64x2"}},              // 4096x4096: 9.4, next 9.7
-    Row{16, kAny, {"16x256x128x4", "16x256x64x4", "16x256x64x2"}},  // 8192x8192: 16.0, next 17.8
-    Row{32, 60 << 20, {"32x128x64x4", "32x256x64x2"}},              // 11008x4096: 17.5, next 18.3
-    Row{32, kAny, {"32x256x128x2", "32x256x64x2"}},                 // 8192x10240: 25.2, next 26.5
-    Row{64, 90 << 20, {"32x256x128x2", "32x256x64x2"}},  // 8192x8192: 33.8; 64x256x128x2: 36.3
+    Row{8, 24 * kMi, {"8x128x64x4"}},                    // 4096x4096: 7.7; 8x256x128x4 8.8
+    Row{8, kAny, {"8x256x128x4", "8x128x64x4"}},         // 8192x8192: 14.6; 8x128x64x4 16.6
+    Row{16, 46 * kMi, {"16x128x128x4", "16x256x64x2"}},  // 4096x4096: 8.7; 16x256x128x2 9.6
+    Row{16, kAny, {"16x256x128x2", "16x256x64x2"}},      // 4096x22016: 20.1; 16x128x128x4 21.4
+    Row{32, 8 * kMi, {"16x128x128x4", "32x256x64x2"}},   // 4096x1024: 7.5; 32x128x64x4 10.2
+    Row{32, 46 * kMi, {"32x128x64x4", "32x256x64x2"}},   // 4096x6144: 13.9; 32x256x128x2 14.7
+    Row{32, kAny, {"32x256x128x2", "32x256x64x2"}},      // 8192x8192: 21.0; 32x128x64x4 23.5
+    Row{48, 8 * kMi, {"32x128x64x4", "64x128x64x2"}},    // 4096x1024: 10.0; 32x256x128x2 13.0
+    Row{48, 46 * kMi, {"32x256x128x2", "64x128x64x2"}},  // 4096x6144: 18.3; 64x128x64x4 19.0
+    Row{64, 24 * kMi, {"32x128x64x4", "64x128x64x2"}},   // 4096x4096: 15.3; 64x128x64x4 16.0
+    Row{64, 46 * kMi, {"64x128x64x4", "64x128x64x2"}},   // 11008x4096: 26.9; 32x128x64x4 29.0
+    Row{96, 8 * kMi, {"64x128x64x4", "64x128x64x2"}},    // 4096x1024: 14.7; 48x256x128x2 19.2
+    Row{96, 17 * kMi, {"48x256x128x2", "64x128x64x2"}},  // 4096x4096: 18.9; 64x128x64x4 22.2
+    Row{256, 17 * kMi, {"64x128x64x4", "64x128x64x2"}},  // 4096x4096: 30.7; 64x256x128x2 33.2
+    Row{512, 8 * kMi, {"64x128x64x4", "64x128x64x2"}},   // 4096x1024: 22.2; 64x256x128x2 22.9
 };
 
 // Beyond the table: tiles of 128 rows where they fill the GPU and few of their rows are empty
-// (4096x28672, m = 512: 343.6 against 355.7), of 64 rows elsewhere (4096x6144, m = 512: 84 against
-// 87). Both have warps of 64 rows, which spill a few registers in the main loop. On an H200 they win
-// all the same (8192x8192, m = 512: 189 against 248).
-constexpr std::array<std::string_view, 2> kTallShapes{"128x256x128x1", "64x128x64x2"};
-constexpr std::array<std::string_view, 2> kLowShapes{"64x256x128x2", "64x128x64x2"};
+// (8192x8192, m = 4096: 1412; 64x256x128x2 1450), elsewhere the shape whose rows, also the empty ones
+// of the last tile, cost least.
+constexpr std::array<std::string_view, 2> kFullShapes{"128x256x128x1", "128x256x64x1"};
+
+struct TallShape {
+  std::string_view name;
+  int cost;  // of a row, percent of the cheapest shape's: 16384x16896, one or two tiles high
+};
+
+constexpr std::array kTallShapes{
+    TallShape{"64x256x128x2", 100},   // m = 128: 172.8, 512: 678
+    TallShape{"48x256x128x2", 110},   // m = 96: 142.3
+    TallShape{"128x256x128x1", 108},  // m = 128: 186.7
+    TallShape{"96x256x128x1", 116},   // m = 96: 156.2, 192: 288
+    TallShape{"128x256x64x1", 119},   // m = 128: 205.4
+    TallShape{"64x256x128x1", 126},   // m = 128: 217.2
+};
 
 bool fits(const KernelConfig& config, const Device& device) {
   return shared_bytes(config) <= device.shared_bytes_per_block;
 }
 
-// On 8.x nobody has measured whether shapes that spill pay: they are not selected there.
-bool selectable(size_t shape, const Device& device) {
-  return shape < kSm80Shapes.size() && fits({Engine::kSm80, shape}, device) &&
-         (device.major >= 9 || !kSm80Shapes[shape].spills_on_8x);
+// Whether the engine can do it. FP16 cannot hold BF16's scales, so they do not multiply weights in it.
+bool runs_on(const KernelConfig& config, const Problem& problem, const Device& device) {
+  if (config.engine == Engine::kDense) return dense_holds_scales(problem);
+  const bool holds_scales = problem.per_column() || problem.activation == Dtype::kBF16 ||
+                            problem.scale == Dtype::kF16 || scales_sums(config);
+  return holds_scales && (config.engine == Engine::kSm80 || device.sm90_engine);
 }
 
-template <size_t kCount>
-size_t first_that_fits(const std::array<std::string_view, kCount>& shapes, const Device& device) {
+bool selectable(std::string_view name, const Problem& problem, const Device& device) {
+  const KernelConfig config{Engine::kSm80, sm80_index(name)};
+  return config.shape < kSm80Shapes.size() && fits(config, device) &&
+         runs_on(config, problem, device);
+}
+
+constexpr std::string_view kSmallestShape = "16x256x64x2";
+
+std::string_view first_that_fits(std::span<const std::string_view> shapes, const Problem& problem,
+                                 const Device& device) {
   for (std::string_view name : shapes)
-    if (const size_t shape = sm80_index(name); selectable(shape, device)) return shape;
-  return sm80_index("16x256x64x2");  // the smallest of all
+    if (selectable(name, problem, device)) return name;
+  return kSmallestShape;
 }
 
-size_t select_shape(const Problem& problem, const Device& device) {
+std::string_view cheapest_that_fits(const Problem& problem, const Device& device) {
+  std::string_view best = problem.m > 32 ? "64x128x64x2" : kSmallestShape;
+  int64_t best_cost = kAny;
+  for (const TallShape& shape : kTallShapes) {
+    const int64_t rows = kSm80Shapes[sm80_index(shape.name)].shape.rows;
+    const int64_t cost = ceil_div(problem.m, rows) * rows * shape.cost;
+    if (cost < best_cost && selectable(shape.name, problem, device)) {
+      best = shape.name;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+std::string_view select_shape(const Problem& problem, const Device& device) {
   for (const Row& row : kTable)
     if (problem.m <= row.rows && problem.k * problem.n <= row.weights)
-      return first_that_fits(row.shapes, device);
+      return first_that_fits(row.shapes, problem, device);
   const int64_t tall_tiles = ceil_div(problem.m, 128);
   const bool fills = tall_tiles * ceil_div(problem.n, 256) * 100 >= int64_t{device.sm_count} * 84;
   const bool few_empty_rows = tall_tiles * 128 * 100 <= problem.m * 115;
-  return fills && few_empty_rows ? first_that_fits(kTallShapes, device)
-                                 : first_that_fits(kLowShapes, device);
-}
-
-// Whether the engine can do it. FP16 cannot hold BF16's scales, so they do not multiply weights in it.
-bool runs_on(const KernelConfig& config, const Problem& problem, const Device& device) {
-  if (config.engine == Engine::kSm80) return true;
-  if (config.engine == Engine::kDense) return dense_holds_scales(problem);
-  const bool holds_scales = problem.per_column() || problem.activation == Dtype::kBF16 ||
-                            problem.scale == Dtype::kF16 ||
-                            kSm90Shapes[config.shape].shape.scales_sums();
-  return device.sm90_engine && holds_scales;
+  if (fills && few_empty_rows)
+    for (std::string_view name : kFullShapes)
+      if (selectable(name, problem, device)) return name;
+  return cheapest_that_fits(problem, device);
 }
 
 std::optional<KernelConfig> find_shape(std::string_view name) {
@@ -166,7 +206,7 @@ KernelConfig select(const Problem& problem, const Device& device) {
     if (runs_on(config, problem, device)) return config;
     // FP16 rows with BF16 scales: the sm_80 engine scales sums, whatever the scales' size.
   }
-  KernelConfig config{Engine::kSm80, select_shape(problem, device)};
+  KernelConfig config{Engine::kSm80, sm80_index(select_shape(problem, device))};
   config.runs = runs_by_rule(problem, config, device);
   return config;
 }

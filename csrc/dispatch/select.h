@@ -45,13 +45,13 @@ constexpr bool dense_holds_any_scales(const Problem& problem) {
   return problem.activation == Dtype::kBF16;
 }
 
-// "dense", or "dense@3" in so many slices; "16x256x64x4", or "16x256x64x4@96" with the number of
+// "dense", or "dense@3" in so many slices; "16x256x64x2", or "16x256x64x2@96" with the number of
 // runs; or "like:108:166912", whatever is selected on an 8.x GPU with so many SMs and bytes of
 // shared memory per block. Nothing if there is no such shape, it does not fit the device or the
 // problem, or the runs (slices) are not between 1 and the problem's tiles or kMostRuns (strips).
 std::optional<KernelConfig> parse_config(std::string_view name, const Problem& problem,
                                          const Device& device);
-std::string config_name(const KernelConfig& config);  // "16x256x64x4@96"
+std::string config_name(const KernelConfig& config);  // "16x256x64x2@96"
 
 int64_t row_tiles(const Problem& problem, const KernelConfig& config);
 Partition partition_of(const Problem& problem, const KernelConfig& config);

@@ -73,7 +73,8 @@ class RowFinisher {
   // Rows between those of a thread; threads beyond the last row have none.
   static constexpr int kStep = kThreads / kQuads < Tile::kRows ? kThreads / kQuads : Tile::kRows;
   static constexpr int kPerThread = Tile::kRows / kStep;
-  static constexpr int kAtOnce = kPerThread < 4 ? kPerThread : 4;  // loads in flight
+  // Loads in flight.
+  static constexpr int kAtOnce = kPerThread < 4 ? kPerThread : kPerThread % 4 == 0 ? 4 : 3;
   static_assert(kStep * kPerThread == Tile::kRows && kPerThread % kAtOnce == 0);
 
  public:

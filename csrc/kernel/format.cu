@@ -3,7 +3,6 @@
 #include "format/scale_order.h"
 #include "format/weight_words.h"
 #include "kernel/launch.h"
-#include "pipeline/elements.cuh"
 
 namespace marlin {
 namespace {
@@ -55,13 +54,6 @@ __global__ void unpack_kernel(const uint32_t* words, int64_t n, uint8_t* codes) 
         static_cast<uint8_t>(code_at(tile_words, tile.chunk_row, tile.chunk_column + i));
 }
 
-__global__ void add_bias_kernel(const void* bias, Dtype bias_dtype, int64_t n, Dtype dtype,
-                                void* y) {
-  const int64_t row = blockIdx.x, column = int64_t{blockIdx.y} * kTileColumns + threadIdx.x;
-  store_element(y, dtype, row * n + column,
-                load_element(y, dtype, row * n + column) + load_element(bias, bias_dtype, column));
-}
-
 template <typename Element>
 __global__ void reorder_scales_kernel(const Element* source, int64_t n, bool per_column, bool pack,
                                       Element* target) {
@@ -102,13 +94,6 @@ cudaError_t launch_reorder_scales(const void* source, int element_bytes, int64_t
                                   bool pack, void* target, cudaStream_t stream) {
   const auto reorder = element_bytes == 1 ? reorder_scales<uint8_t> : reorder_scales<uint16_t>;
   reorder(source, groups, n, pack, target, stream);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_add_bias(const void* bias, Dtype bias_dtype, int64_t m, int64_t n, Dtype dtype,
-                            void* y, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(m), static_cast<unsigned>(n / kTileColumns));
-  add_bias_kernel<<<grid, kTileColumns, 0, stream>>>(bias, bias_dtype, n, dtype, y);
   return cudaGetLastError();
 }
 

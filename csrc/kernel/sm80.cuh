@@ -14,6 +14,7 @@
 #include "pipeline/scales.cuh"
 #include "pipeline/stage.cuh"
 #include "pipeline/sums.cuh"
+#include "pipeline/weight_scales.cuh"
 #include "pipeline/weights.cuh"
 
 namespace marlin {
@@ -62,13 +63,13 @@ class StageCopy {
   ScaleCopy<kShape, kGroups> scales_;
 };
 
-// sums += W · X of tiles [first, last) of a stage, for kCount blocks from kFirst on.
-template <typename Half, int kFirst, CtaShape kShape, int kBatches, int kCount>
+// sums += W · X of tiles [first, last) of a stage.
+template <typename Half, CtaShape kShape, int kBatches, typename Dequantized>
 __device__ void multiply_tiles(const Stage<kShape>& stage, const Role<kShape>& role, int first,
-                               int last, Sums<kBatches, kCount>& sums) {
+                               int last, const Dequantized& dequantized, Sums<kBatches>& sums) {
 #pragma unroll
   for (int tile = first; tile < last; ++tile)
-    sums.template multiply<Half, kFirst>(words_of(stage, role, tile), [&](int batch) {
+    sums.template multiply<Half>(words_of(stage, role, tile), dequantized, [&](int batch) {
       ActivationFragments x;
       x.load<kBatches == 1>(stage.activations, role.lane, role.row_warp * kShape.rows_per_warp(),
                             tile, batch);
@@ -76,36 +77,47 @@ __device__ void multiply_tiles(const Stage<kShape>& stage, const Role<kShape>& r
     });
 }
 
-// Tiles that share a scale: their product apart, then scaled in FP32 and added, so no scale is too
-// large, too small or zero. The product of all four blocks takes as many registers as the sums; warps
-// with 64 rows have them for two blocks at a time and read X twice.
-template <typename Half, int kFirst = 0, CtaShape kShape, int kBatches>
-__device__ void multiply_group(const Stage<kShape>& stage, const Role<kShape>& role, int group,
-                               int tiles, Dtype scale_dtype, Sums<kBatches>& sums) {
-  constexpr int kCount = kShape.rows_per_warp() > 32 ? kBlocks / 2 : kBlocks;
-  Sums<kBatches, kCount> product;
-  multiply_tiles<Half, kFirst>(stage, role, group * tiles, (group + 1) * tiles, product);
-  const ScaleFragment scale(stage.scales[group][role.column_warp][role.fragment_column],
-                            scale_dtype);
-  sums.template add_scaled<kFirst>(product, scale);
-  if constexpr (kFirst + kCount < kBlocks)
-    multiply_group<Half, kFirst + kCount>(stage, role, group, tiles, scale_dtype, sums);
-}
+// A warp's sums over a segment, with kGroups groups of scales per stage. Without any (per column), sums
+// stay in units of the scale until the end.
+//
+// A group's product is kept apart, scaled in FP32 and added, so no scale is too large, too small or
+// zero. It takes as many registers as the sums: warps of 64 rows do not have them, and scale weights.
+template <typename Half, int kGroups, CtaShape kShape>
+class Multiplier {
+  static constexpr int kTiles = Stage<kShape>::kTiles;
+  static constexpr int kGroupTiles = kTiles / (kGroups > 0 ? kGroups : 1);
+  static constexpr bool kScalesWeights = kGroups > 0 && !kShape.scales_sums();
 
-// A stage's share of the sums, with kGroups groups of scales per stage. Without any (per column),
-// sums stay in units of the scale until the end.
-template <typename Half, int kGroups, CtaShape kShape, int kBatches>
-__device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& role,
-                               Dtype scale_dtype, Sums<kBatches>& sums) {
-  constexpr int kTiles = Stage<kShape>::kTiles;
-  if constexpr (kGroups == 0) {
-    multiply_tiles<Half, 0>(stage, role, 0, kTiles, sums);
-  } else {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group)
-      multiply_group<Half>(stage, role, group, kTiles / kGroups, scale_dtype, sums);
+ public:
+  Sums<kShape.rows_per_warp() / 8> sums;
+
+  __device__ void multiply_stage(const Stage<kShape>& stage, const Role<kShape>& role,
+                                 Dtype scale_dtype) {
+    const auto unscaled = [](uint32_t word, int) { return dequantize<Half>(word); };
+    const auto scaled = [&](uint32_t word, int block) { return scales_.dequantized(word, block); };
+    if constexpr (kGroups == 0) multiply_tiles<Half>(stage, role, 0, kTiles, unscaled, sums);
+#pragma unroll(kGroups > 1 && kShape.scales_sums() ? 1 : 8)
+    for (int group = 0; group < kGroups; ++group) {
+      const int first = group * kGroupTiles, last = first + kGroupTiles;
+      const Chunk& scales = stage.scales[group][role.column_warp][role.fragment_column];
+      if constexpr (kScalesWeights) {
+        scales_.take(scales, scale_dtype, sums);
+        multiply_tiles<Half>(stage, role, first, last, scaled, sums);
+      } else {
+        decltype(sums) product;
+        multiply_tiles<Half>(stage, role, first, last, unscaled, product);
+        sums.add_scaled(product, ScaleFragment(scales, scale_dtype));
+      }
+    }
   }
-}
+
+  __device__ void finish() {
+    if constexpr (kScalesWeights) scales_.settle(sums);
+  }
+
+ private:
+  WeightScales<Half> scales_;
+};
 
 // Templated on the index of its shape: nvcc 13.0 cannot name a kernel by a class-type argument.
 template <size_t kIndex, typename Half, int kGroups>
@@ -124,22 +136,23 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
   int slot = 0, free_slot = kShape.stages - 1;
 
   for (SegmentWalk segment(params.partition, run); segment; segment.next()) {
-    Sums<kShape.rows_per_warp() / 8> sums;
+    Multiplier<Half, kGroups, kShape> multiplier;
     // All depth groups take as many turns, the last ones perhaps idle: racecheck counts barriers.
     for (int tile = segment->first; tile < segment->last; tile += kShape.depth_groups) {
       ptx::cp_async_wait<kShape.stages - 2>();
       role.group_barrier();
       if (tile + role.depth_group >= segment->last) continue;
       copy.load_next(ring[free_slot]);
-      multiply_stage<Half, kGroups>(ring[slot], role, params.gemm.scale_dtype, sums);
+      multiplier.multiply_stage(ring[slot], role, params.gemm.scale_dtype);
       free_slot = slot;
       slot = slot + 1 == kShape.stages ? 0 : slot + 1;
     }
+    multiplier.finish();
 
     const Slice slice(params.raster, segment->slice, kShape.rows, kShape.column_warps);
     const Sharing sharing = params.partition.sharing(run, segment->slice);
     const SliceHandover<kShape> handover(params.workspace, sharing, run);
-    finish_slice<Half, kGroups == 0>(sums, role, shared, free_slot, params.gemm,
+    finish_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
                                      {slice.first_row, slice.strip * kTileColumns}, handover);
   }
 }

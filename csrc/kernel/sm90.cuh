@@ -65,11 +65,14 @@ __device__ void multiply_part(const Sm90Shared<kShape>& shared, int slot,
 #pragma unroll
     for (int i = first; i < last; ++i) {
       const int tile = me.part * kTiles + i;
-      target.template multiply<Half>(shared.words[slot][tile][strip][me.lane], [&](int batch) {
-        ActivationFragments x;
-        x.load<kBatches == 1>(shared.activations[slot], me.lane, 0, tile, batch);
-        return x;
-      });
+      target.template multiply<Half>(
+          shared.words[slot][tile][strip][me.lane],
+          [](uint32_t word, int) { return dequantize<Half>(word); },
+          [&](int batch) {
+            ActivationFragments x;
+            x.load<kBatches == 1>(shared.activations[slot], me.lane, 0, tile, batch);
+            return x;
+          });
     }
   };
   if constexpr (kGroups == 0) {

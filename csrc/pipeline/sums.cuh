@@ -16,14 +16,14 @@ template <int kBatches, int kCount = kBlocks>
 struct Sums {
   ptx::Accumulator values[kCount][kBatches] = {};
 
-  // += kCount blocks of one tile of W, from kFirst on, times the matching columns of X.
-  // load_x(batch) gives the fragments of two batches.
-  template <typename Half, int kFirst = 0, typename LoadX>
-  __device__ void multiply(const Chunk& words, const LoadX& load_x) {
+  // += one tile of W times the matching columns of X. dequantized(word, block) gives a block's weights,
+  // load_x(batch) the fragments of two batches.
+  template <typename Half, typename Dequantized, typename LoadX>
+  __device__ void multiply(const Chunk& words, const Dequantized& dequantized,
+                           const LoadX& load_x) {
     ptx::FragmentA w[kCount];
 #pragma unroll
-    for (int block = 0; block < kCount; ++block)
-      w[block] = dequantize<Half>(words.words[kFirst + block]);
+    for (int block = 0; block < kCount; ++block) w[block] = dequantized(words.words[block], block);
 #pragma unroll
     for (int batch = 0; batch < kBatches; batch += 2) {
       const ActivationFragments x = load_x(batch);
@@ -35,20 +35,28 @@ struct Sums {
     }
   }
 
-  // += others · scale, to blocks from kFirst on. An accumulator's first two values are the lane's
-  // column, its last two the column 8 further.
-  template <int kFirst = 0, int kOthers>
-  __device__ void add_scaled(const Sums<kBatches, kOthers>& others, const ScaleFragment& scale) {
+  // += others · scale.
+  __device__ void add_scaled(const Sums& others, const ScaleFragment& scale) {
+    for_each([&](float& sum, int block, int batch, int i) {
+      sum = fmaf(others.values[block][batch].values[i], scale.values[2 * block + i / 2], sum);
+    });
+  }
+
+  // [2 block + half]: for each of the lane's columns.
+  __device__ void multiply_columns(const float (&factors)[2 * kCount]) {
+    for_each([&](float& sum, int block, int, int i) { sum *= factors[2 * block + i / 2]; });
+  }
+
+ private:
+  // An accumulator's first two values are the lane's column, its last two the column 8 further.
+  template <typename Visit>
+  __device__ void for_each(const Visit& visit) {
 #pragma unroll
-    for (int block = 0; block < kOthers; ++block)
+    for (int block = 0; block < kCount; ++block)
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& sum = values[kFirst + block][batch].values[i];
-          sum = fmaf(others.values[block][batch].values[i],
-                     scale.values[2 * (kFirst + block) + i / 2], sum);
-        }
+        for (int i = 0; i < 4; ++i) visit(values[block][batch].values[i], block, batch, i);
   }
 };
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from marlin import host
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -143,30 +141,6 @@ def test_hopper_kernels_are_built_for_hopper_only(archs, with_hopper, monkeypatc
     library = plan.plan_build(ROOT).libraries[-1]
     assert any(map(plan.is_sm90, library.sources)) == with_hopper
     assert ("-DMARLIN_SM90" in library.flags) == with_hopper
-
-
-@pytest.mark.parametrize(
-    ("archs", "expected"),
-    [
-        ("", ["sm_90a", "compute_80"]),
-        ("8.0;8.6;8.0+PTX", ["compute_80"]),
-        ("8.0+PTX", ["compute_80"]),
-        ("8.0", ["sm_80"]),
-        ("8.6;9.0+PTX", ["sm_86", "compute_90"]),
-    ],
-)
-def test_what_is_not_selected_on_8x_is_ptx_there(archs, expected, monkeypatch, cuda_home):
-    """If there is PTX: named by a test, the kernel runs in any case."""
-    monkeypatch.setenv("CUDA_HOME", str(cuda_home()))
-    monkeypatch.setenv("MARLIN_CUDA_ARCHS", archs)
-    build = plan.plan_build(ROOT)
-    shapes = host.kernel_shapes().items()
-    spilling = {f"csrc/kernel/instances/sm80_{name}.cu" for name, s in shapes if s["spills_on_8x"]}
-    assert spilling and build.spilling == spilling
-    for source in spilling:
-        flags = architectures(build, source)
-        assert [flag.rpartition("code=")[2] for flag in flags] == expected
-    assert spilling <= set(build.libraries[-1].sources)
 
 
 @pytest.mark.parametrize("archs", ["hopper", "8.0;sm_90", "+PTX", ";"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_tools.plan import SM90_ARCH, BuildPlan, find_spilling, is_sm90
+from build_tools.plan import SM90_ARCH, BuildPlan, is_sm90
 from marlin import ops
 
 PACKAGE = Path(ops.__file__).parent
@@ -66,7 +66,7 @@ def test_every_cuda_file_was_compiled_for_its_architectures():
     listing = run(find_cuobjdump(), "-lelf", library) + run(find_cuobjdump(), "-lptx", library)
     compiled = Counter(re.findall(r"\.sm_(\d+)\.(cubin|ptx)", listing))
     built = ops.build_report()["archs"]
-    plan = BuildPlan(ROOT, [], "", None, [], built, {}, find_spilling(ROOT))
+    plan = BuildPlan(ROOT, [], "", None, [], built, {})
     wanted = Counter()
     for source in (str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu")):
         archs = [arch.strip() for arch in plan.archs_of(source).split(";")]

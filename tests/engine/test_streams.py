@@ -51,9 +51,9 @@ b, s = weight.b.cuda(), weight.s.cuda()
 a = random_rows(4, 2048, device="cuda")
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    y = ops.matmul(a, b, s, config="16x256x64x4@8")
+    y = ops.matmul(a, b, s, config="16x256x64x2@8")
 graph.replay()
-assert torch.equal(y, ops.matmul(a, b, s, config="16x256x64x4@8"))
+assert torch.equal(y, ops.matmul(a, b, s, config="16x256x64x2@8"))
 print("same")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
