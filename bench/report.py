@@ -9,10 +9,11 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def write_result(result: dict, name: str, out: Path | None = None) -> Path:
-    """Writes <out>/<device>/<name>.json; ``out`` defaults to bench/results."""
+    """Writes <out>/<device>/<name>.json, in names that any file system takes; ``out`` defaults to
+    bench/results."""
     folder = Path(out or RESULTS) / slug(result["device"]["name"])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = folder / f"{slug(name)}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

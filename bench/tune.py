@@ -7,6 +7,7 @@ result has of the others.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -157,8 +158,9 @@ def _place(cell: dict) -> tuple[int, int, int]:
 
 def table_text(cells: list[dict], head: dict) -> str:
     """The C++ rows, each with its evidence."""
+    usual = statistics.mode(cell["commit"] for cell in cells)
     lines = [
-        f"// {head['device']['name']}, {head['date'][:10]}, commit {head['commit']} where a row",
+        f"// {head['device']['name']}, {head['date'][:10]}, commit {usual} where a row",
         "// names no other: written by `python -m bench tune --write`. k, n, m up to, shape, runs;",
         "// us, and the next best. Where the net won (dense, slices), the engine's best follows.",
     ]
@@ -169,7 +171,7 @@ def table_text(cells: list[dict], head: dict) -> str:
             (name, us), *others = ranked[first:]
             shape, runs = name.split("@")
             evidence = "; ".join([f"{us:.1f}", *(f"{name} {us:.1f}" for name, us in others)])
-            if cell["commit"] != head["commit"]:
+            if cell["commit"] != usual:
                 evidence += f" ({cell['commit']})"
             row = f'{{{cell["k"]}, {cell["n"]}, {cell["m"]}, "{shape}", {runs}}},'
             lines.append(f"{row}  // {evidence}")

@@ -43,7 +43,6 @@ inline constexpr std::array kSm80Shapes{
     NamedShape{"8x128x64x4", {8, 1, 2, 64, 4, 4}},
     NamedShape{"8x128x128x4", {8, 1, 2, 128, 4, 3}},
     NamedShape{"8x256x128x2", {8, 1, 4, 128, 2, 3}},
-    NamedShape{"8x256x128x4", {8, 1, 4, 128, 4, 2}},
     NamedShape{"16x256x64x2", {16, 1, 4, 64, 2, 3}},
     NamedShape{"16x128x128x4", {16, 1, 2, 128, 4, 3}},
     NamedShape{"16x256x128x2", {16, 1, 4, 128, 2, 3}},
