@@ -120,6 +120,8 @@ def check(source: Path, target: Path) -> None:
 def run(args) -> int:
     blocks = QUICK_BLOCKS if args.quick else BLOCKS
     has_gpu = torch.cuda.is_available() and ops.why_no_cuda() is None
+    if args.dir is not None:
+        args.dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=args.dir))
     try:
         source = folder / "source"

@@ -173,7 +173,9 @@ def run(args) -> int:
             raise SystemExit(f"bench quantize: --models: expected {', '.join(SHAPES)}, got {name}")
     results = []
     for name in args.models or ["Llama-3-8B", "Llama-3-70B"]:
-        folder = Path(tempfile.mkdtemp(prefix="bench-quantize-", dir=args.dir))
+        if args.dir is not None:
+        Path(args.dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-quantize-", dir=args.dir))
         try:
             results.append(measure(name, args, folder))
         finally:
