@@ -116,7 +116,7 @@ def add_quantize(commands) -> None:
     parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES)
     parser.add_argument("--memory", type=float, metavar="GB",
                         help="of the GPU, and no more (default: 25 for Llama-3-70B)")  # fmt: skip
-    parser.add_argument("--dir", metavar="DIR",
+    parser.add_argument("--dir", type=Path, metavar="DIR",
                         help="where checkpoints lie for a while (default: /tmp)")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="a line for each linear")
     parser.set_defaults(module="quantize")

@@ -171,11 +171,11 @@ def run(args) -> int:
     for name in args.models or ["Llama-3-8B", "Llama-3-70B"]:
         if name not in SHAPES:
             raise SystemExit(f"bench quantize: --models: expected {', '.join(SHAPES)}, got {name}")
+    if args.dir is not None:
+        args.dir.mkdir(parents=True, exist_ok=True)
     results = []
     for name in args.models or ["Llama-3-8B", "Llama-3-70B"]:
-        if args.dir is not None:
-        Path(args.dir).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="bench-quantize-", dir=args.dir))
+        folder = Path(tempfile.mkdtemp(prefix="bench-quantize-", dir=args.dir))
         try:
             results.append(measure(name, args, folder))
         finally:
