@@ -36,7 +36,7 @@ def cpu_name() -> str:
 
 
 def slug(name: str) -> str:
-    """A folder's name: "NVIDIA H200" -> "nvidia-h200"."""
+    """The name of a folder or file: "NVIDIA H200" -> "nvidia-h200"."""
     name = re.sub(r"\((r|tm)\)", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 

@@ -160,7 +160,7 @@ def table_text(cells: list[dict], head: dict) -> str:
     """The C++ rows, each with its evidence."""
     usual = statistics.mode(cell["commit"] for cell in cells)
     lines = [
-        f"// {head['device']['name']}, {head['date'][:10]}, commit {usual} where a row",
+        f"// {head['device']['name']}, commit {usual} where a row",
         "// names no other: written by `python -m bench tune --write`. k, n, m up to, shape, runs;",
         "// us, and the next best. Where the net won (dense, slices), the engine's best follows.",
     ]

@@ -72,12 +72,10 @@ class MarlinLinear(PackedModule):
         self.group_size = resolve_group_size(in_features, group_size)
         stored = padded(out_features)
         groups = in_features // self.group_size
-        self.register_buffer(
-            "B", torch.empty(in_features // 16, 2 * stored, dtype=torch.int32, device=device)
-        )
-        self.register_buffer("s", torch.empty(groups, stored, dtype=dtype, device=device))
-        self.register_buffer(
-            "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self._register(
+            torch.empty(in_features // 16, 2 * stored, dtype=torch.int32, device=device),
+            torch.empty(groups, stored, dtype=dtype, device=device),
+            torch.empty(out_features, dtype=dtype, device=device) if bias else None,
         )
         if zeros:
             self.zeros = torch.empty(groups, stored, dtype=torch.uint8, device=device)

@@ -60,7 +60,8 @@ _why_no_cuda = _load_cuda()
 _ops = torch.ops.marlin
 _mul = _ops.mul.default
 mul_inference = _ops.mul_inference.default  # `matmul` where nothing needs a gradient
-call_inference = mul_inference._op  # what that calls in turn; torch.compile cannot trace it
+# What that calls in turn, if torch has it under that name; torch.compile cannot trace it.
+call_inference = getattr(mul_inference, "_op", mul_inference)
 
 
 def _refuse_cuda(name: str):

@@ -52,10 +52,10 @@ class PackedModule(nn.Module):
     zeros: torch.Tensor | None
     perm: torch.Tensor | None
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("zeros", None)
-        self.register_buffer("perm", None)
+    def _register(self, B: torch.Tensor, s: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """What there may not be comes last: torch.export of a module counts on it (2.11)."""
+        for name, buffer in (("B", B), ("s", s), ("bias", bias), ("zeros", None), ("perm", None)):
+            self.register_buffer(name, buffer)
 
     @property
     def qweight(self) -> torch.Tensor:

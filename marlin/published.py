@@ -110,12 +110,14 @@ class Layer(PackedModule):
         self.n = outfeatures
         self.groupsize = groupsize
         groups = infeatures // groupsize
-        self.register_buffer("B", torch.empty(infeatures // 16, 2 * outfeatures, dtype=torch.int32))
-        self.register_buffer("s", torch.empty(groups, outfeatures, dtype=torch.half))
-        self.register_buffer("bias", None)
         # Nothing here reads it: callers pass it to `mul`.
         self.register_buffer(
             "workspace", torch.zeros(outfeatures // 128 * 16, dtype=torch.int32), persistent=False
+        )
+        self._register(
+            torch.empty(infeatures // 16, 2 * outfeatures, dtype=torch.int32),
+            torch.empty(groups, outfeatures, dtype=torch.half),
+            None,
         )
         mark_empty(self)
 

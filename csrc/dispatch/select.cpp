@@ -20,7 +20,7 @@ constexpr int64_t kDenseTileStrips = 256 / kTileColumns;  // of cuBLAS, at its w
 constexpr int kRasterRows = 1024;
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 
-// The sm_80 engine, up to 64 rows and for small weights: a row holds for batches and weights up to these
+// The sm_80 engine, up to 32 rows, and up to 512 for small weights: a row holds for batches and weights up to these
 // sizes that no row above it holds for. Of its shapes the first that fits is taken, the second where a
 // block has 99 KB of shared memory, not 163, or scales must multiply sums. What follows a row is why it
 // is there: us on an H200, which stands in for cards of 8.x (bench/LOG.md), group 128, FP16,
@@ -97,7 +97,7 @@ std::string_view first_that_fits(std::span<const std::string_view> shapes, const
 }
 
 std::string_view cheapest_that_fits(const Problem& problem, const Device& device) {
-  std::string_view best = problem.m > 32 ? "64x128x64x2" : kSmallestShape;
+  std::string_view best = kSmallestShape;
   int64_t best_cost = kAny;
   for (const TallShape& shape : kTallShapes) {
     const int64_t rows = kSm80Shapes[sm80_index(shape.name)].shape.rows;

@@ -23,14 +23,14 @@ template <CtaShape kShape>
 using StageRows = RowTile<rows_in_a_stage<kShape>(), kShape.columns()>;
 
 template <CtaShape kShape>
-using SliceHandover = Handover<kShape.rows, kShape.columns()>;
+using SliceHandover = Handover<kShape.rows, kShape.columns(), 1, kShape.threads()>;
 
 template <typename Half, bool kPerColumn, CtaShape kShape, int kBatches>
 __device__ void finish_slice(const Sums<kBatches>& sums, const Role<kShape>& role,
                              SharedMemory<kShape>& shared, int free_slot, const GemmParams& params,
                              const SliceOrigin& origin, const SliceHandover<kShape>& handover) {
   constexpr int kRows = StageRows<kShape>::kRows;
-  static_assert(kRows >= 8, "a batch of rows fits a stage");
+  static_assert(kRows >= 8 && kRows % 8 == 0, "whole batches of rows fit a stage");
   const RowFinisher<Half, kPerColumn, StageRows<kShape>, kShape.depth_groups, kShape.threads()>
       finisher(params, origin, threadIdx.x);
   const int column = role.column_warp * kTileColumns + role.fragment_column;

@@ -2,6 +2,7 @@
 //
 //   global --WeightCopy, ActivationCopy, ScaleCopy--> Stage (shared) --fragments--> Sums (registers)
 //   Sums --finish_slice--> rows in shared memory --Handover--> the slice's owner --> Y
+//   Sums of tall warps --finish_tall_slice, Handover--> the slice's owner --> rows --> Y
 //
 // Each depth group of warps owns a ring of stages and takes every depth_groups-th tile of the CTA's
 // run. Copies run `stages - 1` tiles ahead, on into the next segment of the run.
@@ -10,6 +11,7 @@
 #include "core/config.h"
 #include "core/partition.h"
 #include "epilogue/finish.cuh"
+#include "epilogue/finish_tall.cuh"
 #include "pipeline/activations.cuh"
 #include "pipeline/scales.cuh"
 #include "pipeline/stage.cuh"
@@ -81,7 +83,8 @@ __device__ void multiply_tiles(const Stage<kShape>& stage, const Role<kShape>& r
 // stay in units of the scale until the end.
 //
 // A group's product is kept apart, scaled in FP32 and added, so no scale is too large, too small or
-// zero. It takes as many registers as the sums: warps of 64 rows do not have them, and scale weights.
+// zero. It takes as many registers as the sums: warps of more than 32 rows do not have them, and scale
+// weights.
 template <typename Half, int kGroups, CtaShape kShape>
 class Multiplier {
   static constexpr int kTiles = Stage<kShape>::kTiles;
@@ -96,6 +99,7 @@ class Multiplier {
     const auto unscaled = [](uint32_t word, int) { return dequantize<Half>(word); };
     const auto scaled = [&](uint32_t word, int block) { return scales_.dequantized(word, block); };
     if constexpr (kGroups == 0) multiply_tiles<Half>(stage, role, 0, kTiles, unscaled, sums);
+// Unrolled, two products at once would spill.
 #pragma unroll(kGroups > 1 && kShape.scales_sums() ? 1 : 8)
     for (int group = 0; group < kGroups; ++group) {
       const int first = group * kGroupTiles, last = first + kGroupTiles;
@@ -152,8 +156,13 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
     const Slice slice(params.raster, segment->slice, kShape.rows, kShape.column_warps);
     const Sharing sharing = params.partition.sharing(run, segment->slice);
     const SliceHandover<kShape> handover(params.workspace, sharing, run);
-    finish_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
-                                     {slice.first_row, slice.strip * kTileColumns}, handover);
+    const SliceOrigin origin{slice.first_row, slice.strip * kTileColumns};
+    if constexpr (kShape.adds_in_registers())
+      finish_tall_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
+                                            origin, handover);
+    else
+      finish_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
+                                       origin, handover);
   }
 }
 

@@ -183,21 +183,25 @@ Dtype check_value_type(const char* op, const Tensor& s, std::optional<ScalarType
 constexpr int64_t kMostCudaSide = int64_t{1} << 30;
 constexpr int64_t kMostCudaBytes = int64_t{16} << 32;
 
+void check_cuda_bytes(const char* op, const char* argument, int64_t bytes, const char* which) {
+  if (bytes > kMostCudaBytes)
+    fail(op, argument, join("at most ", kMostCudaBytes, " bytes", which, " on CUDA"),
+         join(bytes, " bytes"));
+}
+
+// Before X is copied, if it has to be.
 void check_cuda_sizes(const char* op, const Problem& p) {
   if (p.m > kMostCudaSide || p.n > kMostCudaSide || p.k > kMostCudaSide)
     fail(op, "a", join("at most ", kMostCudaSide, " rows, inputs and outputs on CUDA"),
          join("(", p.m, ", ", p.k, ") times (", p.k, ", ", p.n, ")"));
-  if (p.k * p.n / 2 > kMostCudaBytes)
-    fail(op, "b", join("at most ", kMostCudaBytes, " bytes on CUDA"),
-         join(p.k * p.n / 2, " bytes"));
+  check_cuda_bytes(op, "a", p.m * p.k * size_bytes(p.activation), "");
+  check_cuda_bytes(op, "b", p.k * p.n / 2, "");
 }
 
 void check_cuda_reach(const char* op, const MulCall& call) {
   const Problem& p = call.problem;
-  const int64_t x_bytes = p.m > 0 ? ((p.m - 1) * call.x_pitch + p.k) * size_bytes(p.activation) : 0;
-  if (x_bytes > kMostCudaBytes)
-    fail(op, "a", join("at most ", kMostCudaBytes, " bytes from its first row to its last on CUDA"),
-         join(x_bytes, " bytes"));
+  const int64_t bytes = p.m > 0 ? ((p.m - 1) * call.x_pitch + p.k) * size_bytes(p.activation) : 0;
+  check_cuda_bytes(op, "a", bytes, " from its first row to its last");
 }
 
 MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor& s,
@@ -226,7 +230,7 @@ MulCall check_mul(const char* op, const Tensor& a, const Tensor& b, const Tensor
     call.bias = bias->const_data_ptr();
     call.bias_dtype = *type;
   }
-  if (is_cuda(a)) check_cuda_sizes(op, call.problem);  // before anything so large is copied
+  if (is_cuda(a)) check_cuda_sizes(op, call.problem);
   read_in_place_or_copy(a, call);
   if (is_cuda(a)) check_cuda_reach(op, call);
   return call;

@@ -69,7 +69,7 @@ void run_engine(const char* op, const DeviceScope& scope, const Tensor& a, const
                                  scope.stream()));
 }
 
-// Whether the name asks for it, and then without asking: "unchained:16x256x64x2" -> "16x256x64x4".
+// Whether the name asks for it, and then without asking: "unchained:16x256x64x2" -> "16x256x64x2".
 bool take_unchained(std::optional<std::string>& name) {
   if (!name || !name->starts_with(kUnchainedName)) return false;
   constexpr size_t kLength = kUnchainedName.size();

@@ -21,6 +21,9 @@ def test_selected_shapes_fit(gpu):
         assert shape["shared_bytes"] <= shared_bytes
         slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
         assert 1 <= int(runs) <= slices * -(-k // shape["depth"])
+        wide = host.select(m, n, k, group, sm_count, shared_bytes, bf16_scales=True).split("@")[0]
+        assert shapes[wide]["shared_bytes"] <= shared_bytes
+        assert group == -1 or shapes[wide]["scales_sums"]  # FP16 could not hold BF16's
 
 
 LAYERS = sorted({layer for model in MODELS.values() for layer in model.values()})

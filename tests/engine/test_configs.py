@@ -152,6 +152,65 @@ def test_scales_at_the_ends_of_their_range(config, scale_dtype):
     check_product(y, a * 8, weight.values())
 
 
+SCALING_WEIGHTS = [name for name, s in host.kernel_shapes().items() if not s["scales_sums"]]
+
+
+@pytest.mark.parametrize("config", SCALING_WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_that_come_and_go_beyond_what_fp16_can_multiply(config, dtype):
+    """Columns whose scales are 2^13 or more in some groups: alone, two in a row, with either sign,
+    in either half of a pair; over codes of zero, where nothing else may notice."""
+    k, n, m = 2048, 320, 70
+    weight = random_weight(k, n, 128, device="cuda")
+    scales, codes = weight.scales.clone(), weight.codes.clone()
+    large = [
+        8000,
+        8192,
+        9000,
+        8000,
+        -65504,
+        8184,
+        8200,
+        3,
+        12000,
+        1,
+        8191,
+        -8192,
+        7,
+        9,
+        8000,
+        10000,
+    ]
+    for column in (1, 10, 64 + 9, 300):
+        scales[:, column] = torch.tensor(large, device="cuda")
+    for column in (3, 12, 128 + 24, 319):  # zero where they are large
+        for group in (0, 5, 6, 15):
+            scales[group, column] = 9000.0
+            codes[128 * group : 128 * (group + 1), column] = 8
+    weight.scales, weight.codes = scales, codes
+    b, s = ops.pack(codes), ops.pack_scales(scales)
+    a = random_rows(m, k, dtype=dtype, device="cuda") / 8192
+    values = weight.values()
+    shape = host.kernel_shapes()[config]
+    slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
+    for runs in (1, slices, 2 * slices + 1):
+        check_product(ops.matmul(a, b, s, config=f"{config}@{runs}"), a, values)
+
+
+@pytest.mark.parametrize(
+    "config", [n for n, s in host.kernel_shapes().items() if s["engine"] == "sm80"]
+)
+def test_bf16_rows_have_all_digits_of_fp16_scales(config):
+    """Activations with a mean, and groups of one sign: what rounding scales to BF16 would cost does
+    not cancel. (On Hopper the shapes with wgmma do round them.)"""
+    weight = random_weight(4096, 256, 128, device="cuda")
+    signs = 1 - 2 * (torch.arange(4096, device="cuda")[:, None] // 128 % 2)
+    weight.codes = (8 + signs * (1 + weight.codes.int() % 7)).to(torch.uint8)
+    a = random_rows(70, 4096, dtype=torch.bfloat16, device="cuda", mean=8.0)
+    y = ops.matmul(a, ops.pack(weight.codes), weight.s, config=config)
+    check_product(y, a, weight.values())
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_scales_that_wander(config, group_size):

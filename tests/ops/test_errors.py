@@ -168,3 +168,6 @@ def test_more_rows_than_kernels_count():
     call["a"] = call["a"][:1].expand(2**30 + 1, -1)
     with pytest.raises(RuntimeError, match="a: expected at most 1073741824 rows, inputs"):
         ops.matmul(**call)
+    call["a"] = call["a"][:1].expand(2**29, -1)  # would be copied, to that many bytes
+    with pytest.raises(RuntimeError, match=f"a: expected at most {2**36} bytes on CUDA, got"):
+        ops.matmul(**call)
