@@ -12,45 +12,36 @@
 
 namespace marlin {
 
-// The batches that this depth group goes on with: all, or its half, with the other group's sums added.
+// The half of the batches that this depth group goes on with, the other group's sums added.
 template <CtaShape kShape, int kBatches>
-__device__ Sums<kBatches / kShape.depth_groups> add_depth_groups(const Sums<kBatches>& sums,
-                                                                 const Role<kShape>& role,
-                                                                 SharedMemory<kShape>& shared,
-                                                                 int free_slot) {
-  if constexpr (kShape.depth_groups == 1) {
-    return sums;
-  } else {
-    constexpr int kHalf = kBatches / 2;
-    using Fours = Bundles<kHalf, kBlocks>;
-    static_assert(kBatches % 2 == 0 &&
-                  Fours::kFours * kShape.group_threads() * sizeof(float4) <= sizeof(Stage<kShape>));
-    Sums<kHalf> kept, given;
+__device__ Sums<kBatches / 2> add_depth_groups(const Sums<kBatches>& sums, const Role<kShape>& role,
+                                               SharedMemory<kShape>& shared, int free_slot) {
+  constexpr int kHalf = kBatches / 2;
+  using Fours = Bundles<kHalf, kBlocks>;
+  static_assert(kShape.depth_groups == 2 && kBatches % 2 == 0 &&
+                Fours::kFours * kShape.group_threads() * sizeof(float4) <= sizeof(Stage<kShape>));
+  Sums<kHalf> kept, given;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
+  for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-      for (int batch = 0; batch < kHalf; ++batch) {
-        const ptx::Accumulator &low = sums.values[block][batch],
-                               &high = sums.values[block][batch + kHalf];
-        kept.values[block][batch] = role.depth_group == 0 ? low : high;
-        given.values[block][batch] = role.depth_group == 0 ? high : low;
-      }
-    auto fours_of = [&](int group, int slot) {
-      return reinterpret_cast<float4*>(&shared.stages[group][slot]) + role.group_thread;
-    };
-    constexpr int64_t kAllRows = kShape.rows;
-    if (role.group_thread == 0) shared.free_slots[role.depth_group] = free_slot;
-    Fours::give(given, kAllRows,
-                [mine = fours_of(role.depth_group, free_slot)](int i, float4 four) {
-                  mine[i * kShape.group_threads()] = four;
-                });
-    __syncthreads();
-    const int other = role.depth_group ^ 1;
-    Fours::add(kept, kAllRows, [theirs = fours_of(other, shared.free_slots[other])](int i) {
-      return theirs[i * kShape.group_threads()];
-    });
-    return kept;
-  }
+    for (int batch = 0; batch < kHalf; ++batch) {
+      const ptx::Accumulator& low = sums.values[block][batch];
+      const ptx::Accumulator& high = sums.values[block][batch + kHalf];
+      kept.values[block][batch] = role.depth_group == 0 ? low : high;
+      given.values[block][batch] = role.depth_group == 0 ? high : low;
+    }
+  auto fours_of = [&](int group, int slot) {
+    return reinterpret_cast<float4*>(&shared.stages[group][slot]) + role.group_thread;
+  };
+  if (role.group_thread == 0) shared.free_slots[role.depth_group] = free_slot;
+  float4* mine = fours_of(role.depth_group, free_slot);
+  Fours::give(given, kShape.rows,
+              [&](int i, float4 four) { mine[i * kShape.group_threads()] = four; });
+  __syncthreads();
+  const int other = role.depth_group ^ 1;
+  const float4* theirs = fours_of(other, shared.free_slots[other]);
+  Fours::add(kept, kShape.rows, [&](int i) { return theirs[i * kShape.group_threads()]; });
+  return kept;
 }
 
 // What is left to finish when nobody else has a part.
@@ -66,13 +57,13 @@ __device__ void finish_tall_slice(const Sums<kBatches>& sums, const Role<kShape>
                                   SharedMemory<kShape>& shared, int free_slot,
                                   const GemmParams& params, const SliceOrigin& origin,
                                   const SliceHandover<kShape>& handover) {
-  constexpr int kMine = kBatches / kShape.depth_groups;
+  static_assert(kShape.row_warps == 1);
+  constexpr int kMine = kBatches / 2;
   using Fours = Bundles<kMine, kBlocks>;
   role.group_barrier();  // the group's warps have used up the stage
   Sums<kMine> mine = add_depth_groups(sums, role, shared, free_slot);
-  const int group_row = role.depth_group * kMine * 8;  // this group's first, in a row warp's rows
-  const int64_t rows_left =
-      params.m - origin.row - role.row_warp * kShape.rows_per_warp() - group_row;
+  const int group_row = role.depth_group * kMine * 8;  // the first of those that it goes on with
+  const int64_t rows_left = params.m - origin.row - group_row;
 
   if (!handover.owner()) {
     Fours::give(mine, rows_left,
@@ -95,16 +86,14 @@ __device__ void finish_tall_slice(const Sums<kBatches>& sums, const Role<kShape>
   const int column = role.column_warp * kTileColumns + role.fragment_column;
   auto* tile = reinterpret_cast<Tile*>(&shared.stages[role.depth_group][free_slot]);
 #pragma unroll
-  for (int row_warp = 0; row_warp < kShape.row_warps; ++row_warp)
-#pragma unroll
-    for (int first = 0; first < 8 * kMine; first += kRows) {
-      const int row = row_warp * kShape.rows_per_warp() + group_row + first;
-      if (origin.row + row >= params.m) break;
-      if (row_warp + first > 0) role.group_barrier();  // the rows before are done with
-      if (role.row_warp == row_warp) tile->lay_out(mine, first / 8, column, role.fragment_pair);
-      role.group_barrier();
-      finisher.finish({tile}, row, NoOthers());
-    }
+  for (int first = 0; first < 8 * kMine; first += kRows) {
+    const int row = group_row + first;
+    if (origin.row + row >= params.m) break;
+    if (first > 0) role.group_barrier();  // the rows before are done with
+    tile->lay_out(mine, first / 8, column, role.fragment_pair);
+    role.group_barrier();
+    finisher.finish({tile}, row, NoOthers());
+  }
 }
 
 }  // namespace marlin
