@@ -164,7 +164,8 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
     for kind in reversed(most_common_last):
         size, symmetric = kind
         groups[f"group_{len(groups)}"] = {
-            "targets": kinds[kind] if groups else ["Linear"],
+            # vLLM would take "Linear" for all that it makes one layer of, such as gate and up.
+            "targets": kinds[kind] if len(kinds) > 1 else ["Linear"],
             "weights": {
                 "num_bits": 4,
                 "type": "int",

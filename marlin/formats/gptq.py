@@ -34,6 +34,8 @@ from .weight import check_scales, expect_shape, expect_words, normalized
 
 NAME = "gptq"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
+# vLLM makes one layer of those that read one input, and asks `dynamic` about that one's name.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
     usual, others = usual_group_size(layers)
     # Readers go by the decoder's layers: embeddings and heads need no mention.
     dynamic = {f"-:^{re.escape(name)}$": {} for name in dense if re.search(r"\.\d+\.", name)}
+    others |= fused(others)
     dynamic |= {f"+:^{re.escape(name)}$": {"group_size": size} for name, size in others.items()}
     values = {
         "quant_method": "gptq",
@@ -181,3 +184,14 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
         "meta": {"quantizer": [f"marlin:{marlin.__version__}"]},
     }
     return values | {"dynamic": dynamic} if dynamic else values
+
+
+def fused(sizes: dict[str, int]) -> dict[str, int]:
+    """The layers that vLLM makes of those named, where all that go into one have one size."""
+    found = {}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in sizes):
+        for one, members in FUSED.items():
+            values = {sizes.get(f"{parent}.{member}") for member in members}
+            if len(values) == 1 and None not in values:
+                found[f"{parent}.{one}"] = values.pop()
+    return found

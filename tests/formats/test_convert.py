@@ -164,6 +164,8 @@ def test_layers_of_different_kinds_in_one_checkpoint(target, tmp_path):
     directory = by.write_checkpoint(tmp_path / "source", by.gptq, weights, config)
     convert(directory, tmp_path / "target", target)
     check_layers(read_all(tmp_path / "target")[0], weights)
+    # Of gate and up, which differ, no one layer can be made.
+    assert "gate_up_proj" not in (tmp_path / "target" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("target", TARGETS)
