@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import by_definition as by
-import for_gptqmodel
+import for_others
 import numpy as np
 import pytest
 import torch
@@ -218,19 +218,47 @@ def test_layers_that_gptqmodel_packed(path):
         assert all(torch.equal(written[part], parts[part]) for part in parts)
 
 
-@pytest.mark.parametrize("kind", for_gptqmodel.KINDS)
+@pytest.mark.parametrize("kind", for_others.KINDS)
 def test_gptqmodel_read_what_we_write(kind, tmp_path):
     """It was given the very tensors that we write today, and got the values that are in them."""
     recorded = json.loads((GOLDEN_FOLDER / "gptqmodel-reads.json").read_text())[kind]
-    weights = for_gptqmodel.write(kind, tmp_path)
-    assert for_gptqmodel.config_of(tmp_path / "gptq") == recorded["quantization_config"]
+    weights, _ = for_others.write(kind, tmp_path)
+    assert for_others.config_of(tmp_path / "gptq") == recorded["quantization_config"]
     tensors = load_file(tmp_path / "gptq" / "model.safetensors")
-    assert digests(tensors) == recorded["given"]
+    assert for_others.digests(tensors) == recorded["given"]
     values = {name: weight.values().half() for name, weight in weights.items()}
-    assert digests(values) == recorded["dequantized"]
+    assert for_others.digests(values) == recorded["dequantized"]
     # Zero points it takes from itself only: make_gptqmodel_reads.py says how it was made to.
     assert bool(recorded["refused"]) == ("zero points" in kind)
 
 
-def digests(tensors):
-    return {name: for_gptqmodel.digest(tensor) for name, tensor in tensors.items()}
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [(f, kind) for f, kinds in for_others.GIVEN_TO_VLLM.items() for kind in kinds],
+)
+def test_vllm_read_what_we_write(format, kind, tmp_path):
+    """As above, with the weights as vLLM's kernel for CPUs dequantizes them."""
+    recorded = json.loads((GOLDEN_FOLDER / "vllm-reads.json").read_text())[format][kind]
+    weights, dense = for_others.write(kind, tmp_path, format)
+    assert for_others.config_of(tmp_path / format) == recorded["quantization_config"]
+    tensors = load_file(tmp_path / format / "model.safetensors")
+    assert for_others.digests(tensors) == recorded["given"]
+    # It takes zero points from compressed-tensors only.
+    assert bool(recorded["refused"]) == (format == "gptq" and "zero points" in kind)
+    if recorded["refused"]:
+        return
+    linear = {name.removesuffix(".weight") for name in dense if "_proj" in name}
+    assert recorded["layers"] == {
+        name: vllm_scheme(for_others.KINDS[kind], name) if name in weights else None
+        for name in weights.keys() | linear
+    }
+    held = {name: weight.values().half() for name, weight in weights.items()}
+    for name, tensor in dense.items():
+        layer = name.removesuffix(".weight")
+        held |= {layer: tensor.t()} if layer in linear else {name: tensor}
+    assert for_others.digests(held) == recorded["held"]
+
+
+def vllm_scheme(kind, layer):
+    size = -1 if layer in kind.per_column else kind.group_size
+    return f"{'uint4' if kind.zeros else 'uint4b8'} group_size={size} act_order={kind.act_order}"

@@ -1,7 +1,7 @@
 """Writes gptqmodel-reads.json: what GPTQModel makes of checkpoints that we wrote.
 
 GPTQModel and its path as for make_gptqmodel.py, with marlin's repository in the path too. It loads
-each checkpoint of `for_gptqmodel` as a whole; recorded are the configuration it was given, and
+each checkpoint of `for_others` as a whole; recorded are the configuration it was given, and
 digests of the tensors it was given and of the values that its layers dequantize to.
 
 GPTQModel refuses version 1 with zero points unless the checkpoint says that GPTQModel made it,
@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import for_gptqmodel
+import for_others
 import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -43,12 +43,12 @@ def claim(directory: Path) -> None:
 
 
 results = {}
-for kind in for_gptqmodel.KINDS:
+for kind in for_others.KINDS:
     with tempfile.TemporaryDirectory() as folder:
-        for_gptqmodel.write(kind, Path(folder))
+        for_others.write(kind, Path(folder))
         directory = Path(folder) / "gptq"
         tokenizer.save_pretrained(directory)
-        config = for_gptqmodel.config_of(directory)
+        config = for_others.config_of(directory)
         tensors = load_file(directory / "model.safetensors")
         refused = None
         try:
@@ -60,9 +60,9 @@ for kind in for_gptqmodel.KINDS:
         results[kind] = {
             "quantization_config": config,
             "refused": refused,
-            "given": {name: for_gptqmodel.digest(tensor) for name, tensor in tensors.items()},
+            "given": for_others.digests(tensors),
             "dequantized": {
-                name: for_gptqmodel.digest(layer.dequantize_weight())
+                name: for_others.digest(layer.dequantize_weight())
                 for name, layer in model.named_modules()
                 if isinstance(layer, TorchLinear)
             },
