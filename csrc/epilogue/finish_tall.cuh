@@ -1,7 +1,7 @@
 // From the sums of tall warps to a finished slice of Y, as finish.cuh does, but added in registers:
 //
 //   registers --two depth groups swap halves of their rows--> half the rows each
-//   --hand over, or add those of other CTAs--> rows in shared memory, some at a time --> Y
+//   --hand over, or add those of other CTAs--> rows in shared memory, each group its own --> Y
 //
 // So every sum passes through shared memory once on the way to another CTA, not three times, and all of
 // a thread's loads from memory are under way at once.
@@ -78,22 +78,15 @@ __device__ void finish_tall_slice(const Sums<kBatches>& sums, const Role<kShape>
   for (int other = 1; other <= handover.others(); ++other)
     Fours::add(mine, rows_left, [&](int i) { return handover.take_raw(other, i, threadIdx.x); });
 
-  constexpr int kRows = rows_in_a_stage<kShape>(8 * kMine);
-  static_assert(kRows % 8 == 0);
-  using Tile = RowTile<kRows, kShape.columns()>;
+  using Tile = RowTile<8 * kMine, kShape.columns()>;
+  static_assert(sizeof(Tile) <= sizeof(Stage<kShape>));
   const RowFinisher<Half, kPerColumn, Tile, 1, kShape.group_threads()> finisher(params, origin,
                                                                                 role.group_thread);
-  const int column = role.column_warp * kTileColumns + role.fragment_column;
   auto* tile = reinterpret_cast<Tile*>(&shared.stages[role.depth_group][free_slot]);
-#pragma unroll
-  for (int first = 0; first < 8 * kMine; first += kRows) {
-    const int row = group_row + first;
-    if (origin.row + row >= params.m) break;
-    if (first > 0) role.group_barrier();  // the rows before are done with
-    tile->lay_out(mine, first / 8, column, role.fragment_pair);
-    role.group_barrier();
-    finisher.finish({tile}, row, NoOthers());
-  }
+  tile->lay_out(mine, 0, role.column_warp * kTileColumns + role.fragment_column,
+                role.fragment_pair);
+  role.group_barrier();
+  finisher.finish({tile}, group_row, NoOthers());
 }
 
 }  // namespace marlin
