@@ -6,6 +6,19 @@ models on disk. ``MarlinConfig`` is for `from_pretrained` of transformers.
 ``Layer``, ``mul`` and ``replace_linear`` are the names of the published package, as it had them.
 """
 
+import sys
+
+__version__ = "0.2.0"
+
+try:
+    from marlin import ops  # noqa: F401
+except ImportError:
+    from marlin import cli
+
+    if not cli.is_running():
+        raise
+    sys.exit(cli.main())  # `marlin info` says why, the other commands end with the error's line
+
 from marlin import integrations
 from marlin.checkpoint import CheckpointError, load_pretrained, save_pretrained
 from marlin.layer import MarlinLinear, quantize
@@ -21,7 +34,6 @@ from marlin.ops import (
 )
 from marlin.published import Layer, mul, replace_linear
 
-__version__ = "0.2.0"
 __all__ = [
     "CheckpointError",
     "Layer",

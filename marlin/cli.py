@@ -38,7 +38,7 @@ def run_info(args) -> int:
 
         report = module.collect(args.directory)
     print(json.dumps(report, indent=2) if args.json else module.describe(report))
-    return 0
+    return 1 if report.get("why_no_operators") else 0
 
 
 def add_info(commands) -> None:
@@ -139,6 +139,8 @@ def run_elsewhere(argv: list[str]) -> int:
 
     In a new process, because gptq sets how OpenMP's threads wait before torch is loaded.
     """
+    from marlin import ops  # noqa: F401  # raises here, in one line, if the operators do not load
+
     package, _ = ELSEWHERE[argv[0]]
     root = Path(__file__).parents[1]  # of the source tree, or site-packages
     if not (root / package / "__main__.py").exists():
@@ -169,13 +171,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit status (2 for input that cannot be used)."""
+    """Runs a command; returns the exit status.
+
+    2 is for input that cannot be used, and for operators that do not load: `info` alone works then,
+    says why, and returns 1.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ELSEWHERE:
-        return run_elsewhere(argv)
-    args = make_parser().parse_args(argv)
     try:
+        if argv and argv[0] in ELSEWHERE:
+            return run_elsewhere(argv)
+        args = make_parser().parse_args(argv)
         return args.run(args)
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"marlin: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
+        print(f"marlin: error: {str(error).removeprefix('marlin: ')}", file=sys.stderr)
         return 2
+
+
+def is_running() -> bool:
+    """Whether this process is `marlin …` or `python -m marlin …`, as of `import marlin`."""
+    argv = getattr(sys, "argv", None) or [""]
+    if argv[0] == "-m":  # what comes in place of the module's path while its package is imported
+        return sys.orig_argv[-len(argv)].removeprefix("-m") == "marlin"
+    return Path(argv[0]).name == "marlin"

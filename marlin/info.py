@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 import marlin
-from marlin import ops
+from marlin import libraries
 
 
 def collect() -> dict:
     """The report as plain values; `None` under a `why_…` key means that nothing is wrong."""
-    build = ops.build_report()
+    build = libraries.build_report()
     return {
         "version": marlin.__version__,
         "folder": str(Path(marlin.__file__).parent),
@@ -20,18 +20,42 @@ def collect() -> dict:
         "torch": torch.__version__,
         "built_with": {key: build.get(key) for key in ("torch", "nvcc", "archs")},
         "cpu": {"threads": torch.get_num_threads(), **cpu_kernels()},
-        "why_no_cuda": ops.why_no_cuda(),
+        "why_no_operators": why_no_operators(),
+        "why_no_cuda": why_no_cuda(),
         "why_no_gpu": why_no_gpu(),
         "gpus": [describe_gpu(i, build) for i in range(torch.cuda.device_count())],
     }
 
 
+def why_no_operators() -> str | None:
+    """Why nothing can be computed; `import marlin` raises that, unless it is for the command."""
+    try:
+        from marlin import ops  # noqa: F401
+    except ImportError as error:
+        return without_name(error)
+    return None
+
+
+def without_name(error: ImportError) -> str:
+    return str(error).removeprefix("marlin: ")
+
+
+def why_no_cuda() -> str | None:
+    if why_no_operators():
+        return "the operators did not load"
+    from marlin import ops
+
+    return ops.why_no_cuda()
+
+
 def cpu_kernels() -> dict:
     """The instruction sets of the CPU backend, which only the NumPy module lists."""
     try:
+        for path in libraries.HERE.glob("host.*.so"):
+            libraries.check_length(path)
         from marlin import host
     except ImportError as error:
-        return {"kernels": None, "why_no_host": f"marlin.host does not load: {error}"}
+        return {"kernels": None, "why_no_host": f"no marlin.host: {without_name(error)}"}
     return {"kernels": host.cpu_kernels(), "why_no_host": None}
 
 
@@ -47,7 +71,7 @@ def describe_gpu(index: int, build: dict) -> dict:
     capability = torch.cuda.get_device_capability(index)
     runs = code_for(capability, build.get("archs") or "")
     old_driver = why_driver_too_old(driver_cuda_version(), build)
-    why_not = ops.why_no_cuda() or old_driver or (None if runs else why_no_code(capability, build))
+    why_not = why_no_cuda() or old_driver or (None if runs else why_no_code(capability, build))
     return {
         "name": torch.cuda.get_device_name(index),
         "capability": "{}.{}".format(*capability),
@@ -118,6 +142,7 @@ def describe(report: dict) -> str:
         ("built with", f"torch {built['torch']}, {compiler}"),
         ("runs in", f"torch {report['torch']}, Python {report['python']}"),
         ("CPU", f"{cpu['threads']} threads; kernels, fastest first: {kernels}"),
+        ("operators", report["why_no_operators"] or "loaded"),
         ("CUDA", report["why_no_cuda"] or "operators loaded"),
     ]
     if report["why_no_gpu"]:

@@ -1,43 +1,20 @@
-"""The operators: loading the two libraries, shapes for tracing, the gradient, and thin functions.
+"""The operators: their two libraries, shapes for tracing, the gradient, and thin functions.
 
 The only module that touches ``torch.ops.marlin``. Every precondition is checked in
 ``csrc/torch/checks.cpp``; a violated one is a ``RuntimeError`` that names the argument, what was
 expected and what came.
 """
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-_HERE = Path(__file__).parent
+from marlin import libraries
+from marlin.libraries import build_report
+
 TILE_ROWS = 16  # rows (k) and columns (n) of a tile of the packed weight
 TILE_COLUMNS = 64
 CODE_ZERO = 8  # the code of zero, where a weight has no zero points
 GROUP_SIZES = (32, 64, 128)  # beside one group for all of k ("per column")
-
-
-def _load(name: str) -> None:
-    path = _HERE / f"{name}.so"
-    if not path.exists():
-        raise ImportError(
-            f"marlin: {path} is missing: the package was not built. Expected it after "
-            "`pip install .` or `pip install --no-build-isolation -e .`"
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise ImportError(
-            f"marlin: {path} does not load in torch {torch.__version__} (2.10 or newer is needed, "
-            f"or a new build): {error.__cause__ or error}"
-        ) from error
-
-
-def build_report() -> dict:
-    """What this build holds: ``cuda`` (bool), ``why_no_cuda``, ``torch``, ``nvcc``, ``archs``."""
-    path = _HERE / "_build.json"
-    return json.loads(path.read_text()) if path.exists() else {"cuda": False}
 
 
 def why_no_cuda() -> str | None:
@@ -46,16 +23,16 @@ def why_no_cuda() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    if not (_HERE / "_ops_cuda.so").exists():
+    if not (libraries.HERE / "_ops_cuda.so").exists():
         return build_report().get("why_no_cuda") or "this build has no CUDA library"
     try:
-        _load("_ops_cuda")
+        libraries.load("_ops_cuda")
     except ImportError as error:
         return str(error).removeprefix("marlin: ")
     return None
 
 
-_load("_ops")
+libraries.load("_ops")
 _why_no_cuda = _load_cuda()
 _ops = torch.ops.marlin
 _mul = _ops.mul.default
