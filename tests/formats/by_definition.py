@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import save_file
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -176,6 +177,7 @@ LLAMA = {
     "tie_word_embeddings": False,
     "dtype": "float16",
 }
+TOKENS = torch.arange(40)[None]
 LAYERS = {  # (k, n), of which some n are no multiples of 64
     "self_attn.q_proj": (64, 64),
     "self_attn.k_proj": (64, 32),
@@ -208,6 +210,14 @@ def llama_dense(dtype=torch.float16) -> dict[str, torch.Tensor]:
     for norm in ("input_layernorm", "post_attention_layernorm"):
         tensors |= {f"model.layers.{i}.{norm}.weight": random(64) for i in range(2)}
     return tensors | {"model.norm.weight": random(64)}
+
+
+def llama_model(weights, dense):
+    """The little Llama of transformers, float16, with the values of the weights in its layers."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).half().eval()
+    values = {f"{name}.weight": weight.values().t().half() for name, weight in weights.items()}
+    model.load_state_dict(dense | values)
+    return model
 
 
 def write_checkpoint(directory, parts_of, weights, config, *, shards=2, dense=None, model=LLAMA):

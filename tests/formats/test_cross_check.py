@@ -31,6 +31,7 @@ from compressed_tensors.quantization import (  # noqa: E402
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = sorted(GOLDEN_FOLDER.glob("gptqmodel-*.safetensors"))
+CLOSE = 0.002  # of the largest logit: two of its units in the last place of FP16
 SCHEMES = {
     "symmetric, groups": {"symmetric": True, "strategy": "group", "group_size": 32},
     "symmetric, channel": {"symmetric": True, "strategy": "channel"},
@@ -97,6 +98,15 @@ def test_we_read_what_it_writes(scheme, dtype, tmp_path):
             assert torch.equal(model.get_submodule(name).dequantize(), module.weight)
 
 
+def we_write(directory, zeros, group_size):
+    """directory/ours, in compressed-tensors' format; returns what its layers hold."""
+    weights = by.llama_weights(group_size, zeros=zeros)
+    config = by.gptq_config(group_size, checkpoint_format="gptq_v2", sym=zeros is None)
+    by.write_checkpoint(directory / "gptq", lambda w: by.gptq(w, 2), weights, config)
+    convert(directory / "gptq", directory / "ours", "compressed-tensors")
+    return weights
+
+
 def they_load(directory):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = transformers.CompressedTensorsConfig(dequantize=True)
@@ -106,16 +116,32 @@ def they_load(directory):
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("zeros", [None, (0, 15)])
 def test_it_reads_what_we_write(zeros, group_size, tmp_path):
-    weights = by.llama_weights(group_size, zeros=zeros)
-    config = by.gptq_config(group_size, checkpoint_format="gptq_v2", sym=zeros is None)
-    by.write_checkpoint(tmp_path / "gptq", lambda w: by.gptq(w, 2), weights, config)
-    convert(tmp_path / "gptq", tmp_path / "ours", "compressed-tensors")
+    weights = we_write(tmp_path, zeros, group_size)
     model = they_load(tmp_path / "ours")
     for name, weight in weights.items():
         loaded = model.get_submodule(name).weight
         assert torch.equal(loaded, weight.values().t().to(loaded.dtype)), name
     for name, tensor in by.llama_dense().items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("zeros", [None, (0, 15)])
+def test_transformers_runs_what_we_write(zeros, group_size, tmp_path):
+    """Its plain `from_pretrained`, which leaves the layers packed, and none of ours in it."""
+    weights = we_write(tmp_path, zeros, group_size)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not any(isinstance(module, marlin.MarlinLinear) for module in model.modules())
+    packed = {name for name, _ in model.named_parameters() if name.endswith(".weight_packed")}
+    assert packed == {f"{name}.weight_packed" for name in weights}
+    with torch.no_grad():
+        logits = model(by.TOKENS).logits
+        expected = by.llama_model(weights, by.llama_dense())(by.TOKENS).logits
+    assert logits.dtype == torch.float16
+    assert (logits.float() - expected.float()).abs().max() < CLOSE * expected.abs().max()
 
 
 def test_it_reads_layers_of_different_kinds(tmp_path):
@@ -262,3 +288,20 @@ def test_vllm_read_what_we_write(format, kind, tmp_path):
 def vllm_scheme(kind, layer):
     size = -1 if layer in kind.per_column else kind.group_size
     return f"{'uint4' if kind.zeros else 'uint4b8'} group_size={size} act_order={kind.act_order}"
+
+
+@pytest.mark.parametrize("kind", for_others.KINDS)
+def test_transformers_ran_what_we_write(kind):
+    """Its plain `from_pretrained`, which has optimum and GPTQModel load the same tensors."""
+    recorded = json.loads((GOLDEN_FOLDER / "gptqmodel-reads.json").read_text())[kind]
+    plain = recorded["transformers"]
+    # optimum does not know GPTQModel's exceptions.
+    kept = {name.rpartition(".")[0] for name in plain["missing"]}
+    assert kept == set(for_others.KINDS[kind].dense)
+    if kept:
+        return
+    assert plain["kernels"].keys() == recorded["dequantized"].keys()
+    assert "Linear" not in plain["kernels"].values()
+    assert plain["difference"] < CLOSE * plain["largest"]
+    # A kernel for groups of 32 to 256 is chosen on the CPU whatever the groups are.
+    assert bool(plain["refused"]) == (kind == "a scale per column")
