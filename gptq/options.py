@@ -87,7 +87,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--seed", type=int, default=0, help="which samples are drawn (default: 0)")
 
-    add_solver_options(parser.add_argument_group("the solver; the README says how the defaults were chosen"))
+    add_solver_options(
+        parser.add_argument_group("the solver; the README says how the defaults were chosen")
+    )
 
     trouble = parser.add_argument_group("when something goes wrong")
     again = trouble.add_mutually_exclusive_group()
