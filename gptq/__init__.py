@@ -17,6 +17,7 @@ walk         one decoder layer at a time through a model
 resume       finished layers of an unfinished run
 run          all of it, from a model to Marlin layers
 report       how it went
+memory       what to do when it runs out
 phases       where the seconds went
 export       models in, Marlin checkpoints out
 evaluate     negative log-likelihood and perplexity

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import calibration, evaluate, export, report, run, walk
+from . import calibration, evaluate, export, memory, report, run, walk
 from .options import DTYPES, add_eval, add_quantize, check_device, solver_options
 from .phases import Phases, phase
 from .plan import PER_COLUMN, Plan, make_plan
@@ -27,9 +26,17 @@ def main(argv: list[str] | None = None) -> int:
         check_device(args.device)
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"marlin: error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
+    except RuntimeError as error:
+        if not memory.out_of_memory(error):
+            raise
+        return fail(memory.too_little("the model and one sample", args.device))
     return 0
+
+
+def fail(error: Exception) -> int:
+    print(f"marlin: error: {error}", file=sys.stderr)
+    return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,7 +129,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         "seconds": {"load": loaded - started, "quantize": quantized - loaded},
         "phases": {name: round(value, 3) for name, value in phases.seconds.items()},
         "peak_bytes": max((m["peak_bytes"] or 0 for m in modules), default=0) or None,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_host_bytes": memory.peak_host_bytes(),
         "skipped_samples": skipped,
         **report.everything(plan, modules),
     }

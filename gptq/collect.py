@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .hessian import Hessian
+from .memory import out_of_memory
 from .plan import Target
 from .record import Batch
-from .robust import out_of_memory
 
 
 @dataclass

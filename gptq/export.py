@@ -14,6 +14,7 @@ from marlin.checkpoint import load_pretrained, save_pretrained
 from marlin.experts import take_apart
 from marlin.layer import MarlinLinear, dense_layers
 
+from . import memory
 from .resume import pack
 from .walk import Result
 
@@ -118,9 +119,9 @@ def install(model: nn.Module, results: Iterable[Result]) -> None:
     replace(
         model,
         {
-            result.target.name: pack(
-                result.solution, model.get_submodule(result.target.name).bias
-            ).cpu()
+            result.target.name: memory.or_on_cpu(
+                "packed", pack, result.solution, model.get_submodule(result.target.name).bias
+            )[0].cpu()
             for result in results
         },
     )

@@ -4,6 +4,8 @@ For one output row ``w`` the squared output error of rounding is ``e H eᵀ`` wi
 ``H`` the mean of ``x xᵀ`` over all tokens: everything the solver needs to know about the data.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,12 @@ class Hessian:
             else:
                 part.addmm_(left, right)
         self.tokens += tokens.shape[0]
+
+    def cpu(self) -> "Hessian":
+        """The same, in host memory."""
+        there = copy.copy(self)
+        there.sum = self.sum.cpu()
+        return there
 
     def mean(self) -> Tensor:
         """The (k, k) FP32 average over tokens. Raises ValueError before any token was added."""

@@ -9,7 +9,10 @@ from .robust import GPTQ, RTN
 from .solver import Solution
 from .walk import Result
 
-FIELDS = ("method", "loss", "rtn_loss", "tokens", "dead_inputs", "seconds", "peak_bytes", "note")
+FIELDS = (
+    "method", "loss", "rtn_loss", "tokens", "dead_inputs", "seconds", "peak_bytes",
+    "peak_host_bytes", "note",
+)  # fmt: skip
 
 
 def module(result: Result) -> dict:
@@ -22,7 +25,7 @@ def module(result: Result) -> dict:
 def result(target: Target, values: dict, solution: Solution) -> Result:
     """What ``module`` was made from."""
     solution = replace(solution, damping=values["damping"])
-    return Result(target, solution, **{name: values[name] for name in FIELDS})
+    return Result(target, solution, **{name: values.get(name) for name in FIELDS})
 
 
 def everything(plan: Plan, modules: list[dict]) -> dict:
@@ -49,13 +52,19 @@ def markdown(run: dict) -> str:
         *(f"- Left out sample {n}: {place}" for n, place in run["skipped_samples"].items()),
         *(f"- Full precision: {name} ({why})" for name, why in run["full_precision"].items()),
         "",
-        "Loss: share of the output's energy that rounding loses on the calibration tokens.",
+        "Loss: share of the output's energy that rounding loses on the calibration tokens. "
+        + (
+            "Peak: GPU memory since the layers before it were done."
+            if run["peak_bytes"]
+            else "Peak: host memory of the whole process since it began, mapped files included."
+        ),
         "",
         "| layer | k × n | method | loss | rounding's | damping | tokens | seconds | peak | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for m in run["modules"]:
-        peak = "" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 1e9:.2f} GB"
+        peak = m["peak_bytes"] or m["peak_host_bytes"]
+        peak = f"{peak / 1e9:.2f} GB" if peak else ""  # an older version's are resumed without
         lines.append(
             f"| {m['name']} | {m['k']} × {m['n']} | {m['method']} | {_number(m['loss'])} "
             f"| {_number(m['rtn_loss'])} | {m['damping']:g} | {m['tokens']} | {m['seconds']:.2f} "

@@ -10,6 +10,7 @@ checkpoint is written from these files, mapped rather than read: host memory nev
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from marlin import ops
 from marlin.layer import MarlinLinear
 
-from . import report
+from . import memory, report
 from .plan import Plan, Target
 from .solver import Solution
 from .walk import Done, Result
@@ -129,14 +130,17 @@ def pack(solution: Solution, bias: Tensor | None = None) -> MarlinLinear:
     return MarlinLinear.from_quantized(solution.codes, solution.scales, bias)
 
 
-def pack_all(results: list[Result]) -> dict[str, Tensor]:
-    """The tensors of a finished layer's file, in host memory."""
+def pack_all(results: list[Result]) -> tuple[dict[str, Tensor], list[Result]]:
+    """The tensors of a finished layer's file, in host memory; and the results, of which those that
+    the GPU had no room to pack say so."""
     tensors: dict[str, Tensor] = {}
+    told = []
     for result in results:
-        layer = pack(result.solution)
+        layer, note = memory.or_on_cpu("packed", pack, result.solution)
+        told.append(replace(result, note=memory.both(result.note, note)))
         tensors[f"{result.target.name}.B"] = layer.B.cpu()
         tensors[f"{result.target.name}.s"] = layer.s.cpu()
-    return tensors
+    return tensors, told
 
 
 def _layer(target: Target, words: Tensor, scales: Tensor, bias: Tensor | None) -> MarlinLinear:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import solver
+from . import memory, solver
 from .phases import phase
 
 GPTQ, GPTQ_FP64 = "gptq", "gptq in float64"
@@ -38,16 +38,22 @@ class Attempt:
     note: str | None = None  # why it is not GPTQ on the device asked for
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the GPU had no memory left, as Torch or as CUDA's libraries say it."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
-
-
 def starved(tokens: int, k: int) -> str | None:
     """Why so few tokens are not enough for a layer of k inputs; None if they are."""
     if tokens == 0:
         return "no token reached it"
     return f"only {tokens} tokens for {k} inputs" if tokens * STARVED < k else None
+
+
+def unreached(
+    weight: Tensor, group_size: int, make_room: Callable[[], bool] = memory.never
+) -> Attempt:
+    """For a weight (k, n) of which no token shows what matters. make_room: as for ``solve``."""
+    solution, note = memory.or_on_cpu(
+        "rounded", lambda weight: solver.rtn(weight, group_size, clip=True), weight,
+        make_room=make_room,
+    )  # fmt: skip
+    return Attempt(solution, CLIPPED_RTN, note=memory.both(note, starved(0, len(weight))))
 
 
 def solve(
@@ -56,38 +62,29 @@ def solve(
     tokens: int,
     group_size: int,
     *,
-    make_room: Callable[[], bool] = lambda: False,
+    make_room: Callable[[], bool] = memory.never,
     **options,
 ) -> list[Attempt]:
     """GPTQ of layers that read one input, or the next best thing.
 
-    weights: (k, n) each. hessian: (k, k) on their device, the mean over ``tokens``.
-    make_room: called when CUDA memory runs out; if it says that it has freed some there is another
-    try, if not the CPU takes over, and the results are in its memory then.
+    weights: (k, n) each, on one device. hessian: (k, k) anywhere, the mean over ``tokens``.
+    make_room: see ``memory.attempt``. If there is no room on the GPU the CPU takes over, and the
+    results are in its memory then.
     options go to ``solver.gptq``. Raises ValueError for input that no method can take.
     """
-    while True:
-        try:
-            return _solve(weights, hessian, tokens, group_size, options)
-        except RuntimeError as error:
-            if weights[0].device.type == "cpu" or not out_of_memory(error):
-                raise
-        # Outside the except block, whose error keeps the failed attempt's tensors alive.
-        torch.cuda.empty_cache()
-        if not make_room():
-            break
-    weights = [weight.cpu() for weight in weights]
-    note = "CUDA out of memory: solved on the CPU"
-    return [
-        replace(attempt, note=f"{note}; {attempt.note}" if attempt.note else note)
-        for attempt in _solve(weights, hessian.cpu(), tokens, group_size, options)
-    ]
+    attempts, note = memory.or_on_cpu(
+        "solved",
+        lambda weights, hessian: _solve(weights, hessian, tokens, group_size, options),
+        weights, hessian, make_room=make_room,
+    )  # fmt: skip
+    return [replace(attempt, note=memory.both(note, attempt.note)) for attempt in attempts]
 
 
 def _solve(
     weights: list[Tensor], hessian: Tensor, tokens: int, group_size: int, options: dict
 ) -> list[Attempt]:
     attempts = []
+    hessian = hessian.to(weights[0].device)  # where its sum may have found no room; now?
     for together in _parts(weights):
         side_by_side = torch.cat(together, dim=1)  # they share the factorization and the loop
         if reason := starved(tokens, len(hessian)):

@@ -33,12 +33,13 @@ def quantize(
     The rest: see ``walk.quantize_gptq``.
     """
     writing: dict[int, Future] = {}
+    told: dict[int, list[walk.Result]] = {}  # with what packing has to say
     writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
     def write(index: int, results: list[walk.Result]) -> None:
         with phase("write"):  # from the GPU now: once it goes on, copies wait until it is through
-            packed = pack_all(results)
-        writing[index] = writer.submit(store.write, index, results, packed)
+            packed, told[index] = pack_all(results)
+        writing[index] = writer.submit(store.write, index, told[index], packed)
 
     common = {
         "device": device, "on_result": on_result, "on_layer": write, "done": store.done,
@@ -57,5 +58,5 @@ def quantize(
                 if index in writing:
                     writing.pop(index).result()
                 export.replace(model, store.layers(index, model))
-            modules += [report.module(result) for result in results]
+            modules += [report.module(result) for result in told.pop(index, results)]
     return modules

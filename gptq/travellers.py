@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from . import memory
 from .collect import Reading, collect, finite_rows, locate
 from .plan import Target
 from .record import Batch, record_batches
-from .robust import out_of_memory
 from .visit import Visit
 
 # How much goes through a layer at a time: enough to keep a GPU busy; a CPU is with one sample.
@@ -56,38 +56,38 @@ class Travellers:
         outside = [module for module in model.base_model.modules() if module not in inside]
         tokens = BATCH_TOKENS[self.device.type]
         with Visit(outside, self.device, self.dtype) as visit:
-            visit.bring()
-            while True:
-                try:
-                    return self._record(model, layers, samples, tokens)
-                except RuntimeError as error:
-                    if not out_of_memory(error) or tokens <= 1:
-                        raise
-                torch.cuda.empty_cache()
-                tokens //= 2
+            what = "the embeddings and the first layer"
+            memory.must_fit(what, self.device, visit.bring, remedy=memory.ON_CPU)
+            while not memory.attempt(self._record, model, layers, samples, tokens)[0]:
+                self.batches = []
+                if tokens > 1:
+                    tokens //= 2
+                elif not self.spare_memory():
+                    raise memory.too_little("the embeddings and one sample", self.device)
 
     def collect(
         self, layer: nn.Module, name: str, index: int, linears: dict[Target, nn.Module]
     ) -> list[Reading]:
         """What the linears of the index-th layer read; the samples stay before it."""
         for target, linear in linears.items():
-            if not torch.isfinite(linear.weight).all():
+            finite, _ = memory.or_on_cpu(
+                "checked", _all_finite, linear.weight.detach(), make_room=self.spare_memory
+            )
+            if not finite:
                 raise NonFiniteError(f"{target.name}: expected finite weights, got NaN or Inf")
         while True:
-            try:
-                found = collect(
-                    layer, linears, self.batches, index, self.device, self.hessians, self.products
-                )
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                found = None
-            if found is None:  # outside the except block, whose error keeps tensors alive
-                self._make_room()
+            fits, found = memory.attempt(
+                collect, layer, linears, self.batches, index, self.device, self.hessians,
+                self.products,
+            )  # fmt: skip
+            if not fits:
+                self._make_room(name)
             elif found.bad_samples:
-                rows = [batch.only(found.bad_samples) for batch in self.batches]
-                suspects = [batch for batch in rows if batch.samples]
-                bad = locate(layer, name, linears, suspects, index, self.device)
+                bad = memory.must_fit(
+                    f"{name} and one sample", self.device,
+                    self._locate, found.bad_samples, layer, name, index, linears,
+                    make_room=self.spare_memory,
+                )  # fmt: skip
                 # A sample that is fine when it runs alone was not when it ran with others.
                 self._drop(dict.fromkeys(found.bad_samples, name) | bad)
             else:
@@ -96,22 +96,28 @@ class Travellers:
     def advance(self, layer: nn.Module, name: str, index: int) -> None:
         """Through the index-th layer."""
         waiting, after, finite = deque(self.batches), [], []
+
+        def run(batch: Batch) -> tuple[Tensor, Tensor]:
+            hidden = batch.calls[index].run(layer, batch.hidden.to(self.device))
+            return hidden.to(self.activations), finite_rows(hidden)
+
         while waiting:
             batch = waiting.popleft()
-            try:
-                hidden = batch.calls[index].run(layer, batch.hidden.to(self.device))
-            except RuntimeError as error:
-                if not out_of_memory(error) or len(batch.samples) == 1:
-                    raise
-                hidden = None
-            if hidden is None:  # outside the except block, whose error keeps tensors alive
-                torch.cuda.empty_cache()
+            fits, found = memory.attempt(run, batch)
+            if fits:
+                after.append(replace(batch, hidden=found[0]))
+                finite.append(found[1])
+                batch.hidden = found = None
+            elif len(batch.samples) > 1:
                 waiting.extendleft(reversed(batch.halves()))
                 batch.hidden = None
-                continue
-            finite.append(finite_rows(hidden))
-            after.append(replace(batch, hidden=hidden.to(self.activations)))
-            batch.hidden = None
+            else:
+                waiting.appendleft(batch)
+                self.batches = [*after, *waiting]
+                if not self.spare_memory():
+                    tokens = batch.hidden.shape[1]
+                    what = f"{name} and one sample of {tokens} tokens"
+                    raise memory.too_little(what, self.device)
         self.batches = after
         samples = [sample for batch in after for sample in batch.samples]
         rows = zip(samples, torch.cat(finite).tolist(), strict=True)
@@ -141,18 +147,23 @@ class Travellers:
             batch.hidden = batch.hidden.to(self.activations)
             self.batches.append(batch)
 
-    def _make_room(self) -> None:
+    def _locate(self, bad: set[int], layer, name: str, index: int, linears) -> dict[int, str]:
+        rows = [batch.only(bad) for batch in self.batches]
+        suspects = [batch for batch in rows if batch.samples]
+        return locate(layer, name, linears, suspects, index, self.device)
+
+    def _without(self, bad: dict[int, str]) -> list[Batch]:
+        return [b.without(bad) for b in self.batches if not bad.keys() >= set(b.samples)]
+
+    def _make_room(self, name: str) -> None:
         smaller = [half for batch in self.batches for half in batch.halves()]
         if len(smaller) == len(self.batches) and not self.spare_memory():
             if self.hessians == CPU:
-                raise ValueError(
-                    f"{self.device}: expected memory for one layer and one sample, ran out; "
-                    "shorter samples (--seqlen) or --device cpu would do"
-                )
+                raise memory.too_little(f"{name} and one sample", self.device)
             self.hessians = CPU
         else:
             self.batches = smaller
-        torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def _drop(self, bad: dict[int, str]) -> None:
         """Leave samples out, if going on was asked for."""
@@ -162,9 +173,15 @@ class Travellers:
             raise NonFiniteError(
                 f"{what} in sample {sample} (--skip-bad-samples goes on without it)"
             )
-        kept = [b.without(bad) for b in self.batches if not bad.keys() >= set(b.samples)]
+        kept = memory.must_fit(
+            "the other samples", self.device, self._without, bad, make_room=self.spare_memory
+        )
         if not kept:
             raise NonFiniteError(f"{what} in every sample")
         self.batches = kept
         for sample, place in sorted(bad.items()):
             self.on_skip(sample, place)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from .memory import attempt
+
 
 class Visit:
     """Parameters and buffers of some modules (not their children's), brought to a device.
@@ -35,8 +37,17 @@ class Visit:
         return self
 
     def bring(self, read_ahead: "Future[dict[int, Tensor]] | None" = None) -> None:
-        """Move them there, once. read_ahead: from ``read_ahead`` on the same modules."""
-        ready = read_ahead.result() if read_ahead else {}
+        """Move them there, once. read_ahead: from ``read_ahead`` on the same modules.
+
+        After an error (there is no room) they are where they were, and it may be tried again.
+        """
+        try:
+            self._bring(read_ahead.result() if read_ahead else {})
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _bring(self, ready: dict[int, Tensor]) -> None:
         for module in self._modules:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter not in self._parameters:
@@ -48,16 +59,23 @@ class Visit:
                     module._buffers[name] = self._moved(buffer)
 
     def __exit__(self, *error) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
         for parameter, stored in self._parameters.items():
             changed = parameter in self._changed
             parameter.data = parameter.data.to(stored.device) if changed else stored
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer
+        self._parameters, self._buffers = {}, []
 
     def change(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Give a parameter other values for good."""
+        """Give a parameter other values for good, of any type and on any device."""
         self._changed.add(parameter)
-        parameter.data = values.to(parameter.device, parameter.dtype)
+        if values.device == parameter.device:
+            parameter.data = values.to(parameter.dtype)
+        else:  # into the memory that it has: there may be no other
+            parameter.data.copy_(values)
 
     def forget_all_but(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leave what is not among these as it is: it has left the model."""
@@ -79,9 +97,12 @@ def read_ahead(modules: Iterable[nn.Module]) -> "Future[dict[int, Tensor]]":
         for parameter in module._parameters.values()
         if parameter is not None and parameter.device.type == "cpu"
     }
-    return _reader.submit(
-        lambda: {
+
+    def read() -> dict[int, Tensor]:
+        return {
             key: torch.empty_like(tensor, pin_memory=True).copy_(tensor)
             for key, tensor in stored.items()
         }
-    )
+
+    # Where no memory can be locked, nothing is read before it is needed.
+    return _reader.submit(lambda: attempt(read)[1] or {})

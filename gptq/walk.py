@@ -7,7 +7,7 @@ samples again. So every layer is fitted to what the quantized layers before it p
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from marlin.layer import dense_weight, is_conv1d
 
-from . import robust, solver
+from . import memory, robust, solver
 from .collect import Reading
+from .hessian import Hessian
 from .phases import phase
 from .plan import Plan, Target
 from .travellers import Travellers
@@ -37,6 +38,7 @@ class Result:
     seconds: float = 0.0
     peak_bytes: int | None = None  # of GPU memory since the linears before it were done
     note: str | None = None  # why it is not GPTQ on the device asked for
+    peak_host_bytes: int | None = None  # of the process's memory since it began, see memory.py
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def quantize_rtn(
 ) -> Iterator[list[Result]]:
     """Round every target to nearest, in place; yields the results of each decoder layer.
 
-    Arguments as for ``quantize_gptq``.
+    Arguments as for ``quantize_gptq``. What does not fit on the device is rounded on the CPU.
     """
+    device = torch.device(device)
     for index, name in enumerate(plan.blocks):
         if done and index < done.count:
             yield _heard(on_result, done.results(index))
@@ -72,16 +75,24 @@ def quantize_rtn(
         layer = model.get_submodule(name)
         with Visit(layer.modules(), device) as visit:
             with phase("load"):
-                visit.bring()
+                arrived, _ = memory.attempt(visit.bring)
             results = []
             for target in plan.targets[index]:
                 started = time.perf_counter()
                 module = model.get_submodule(target.name)
                 with phase("solve"), _naming(target.name):
-                    solution = solver.rtn(dense_weight(module), plan.group_size)
-                    _set_weight(visit, module, solution)
+                    solution, note = memory.or_on_cpu(
+                        "rounded", solver.rtn, dense_weight(module), plan.group_size
+                    )
+                    if not arrived:
+                        note = memory.note("rounded")
+                    result = Result(target, solution, robust.RTN, note=note)
+                    result = _written(visit, module, result)
                 seconds = time.perf_counter() - started
-                results.append(Result(target, solution, robust.RTN, seconds=seconds))
+                peak, host = memory.peaks(device)
+                results.append(
+                    replace(result, seconds=seconds, peak_bytes=peak, peak_host_bytes=host)
+                )
                 on_result(results[-1])
             on_layer(index, results)
             yield results
@@ -135,7 +146,10 @@ def quantize_gptq(
         last = index + 1 == len(layers)
         with Visit(layer.modules(), device, dtype) as visit:
             with phase("load"):
-                visit.bring(ahead)
+                memory.must_fit(
+                    name, device, visit.bring, ahead,
+                    make_room=travellers.spare_memory, remedy=memory.ON_CPU,
+                )  # fmt: skip
             ahead = None
             if device.type == "cuda" and not last:
                 ahead = read_ahead(layers[index + 1].modules())
@@ -143,7 +157,7 @@ def quantize_gptq(
             if done and index < done.count:
                 results = _heard(on_result, done.results(index))
                 for result in results:
-                    _set_weight(visit, linears[result.target], result.solution)
+                    _written(visit, linears[result.target], result)
             else:
                 results = []
                 with phase("forward"):
@@ -151,9 +165,9 @@ def quantize_gptq(
                 while readings:  # each Hessian goes as soon as it has served
                     reading = readings.pop(0)
                     for result in _solve(reading, linears, plan.group_size, travellers, options):
-                        _set_weight(visit, linears[result.target], result.solution)
-                        results.append(result)
-                        on_result(result)
+                        module = linears[result.target]
+                        results.append(_written(visit, module, result, travellers.spare_memory))
+                        on_result(results[-1])
                 on_layer(index, results)
             if not last:  # nobody reads what the last one puts out
                 with phase("forward"):
@@ -170,53 +184,50 @@ def _solve(
     options: dict,
 ) -> Iterator[Result]:
     """Solve layers that read one input together."""
-    targets, hessian = reading.targets, reading.hessian
+    targets, make_room = reading.targets, travellers.spare_memory
     weights = [dense_weight(linears[target]) for target in targets]
     started = time.perf_counter()
-    tokens, dead = 0, 0
+    tokens, dead, note = 0, 0, None
     with phase("solve"), _naming(", ".join(target.name for target in targets)):
-        if hessian is None:  # nothing is known but the weights
-            note = robust.starved(0, targets[0].k)
-            solutions = [solver.rtn(weight, group_size, clip=True) for weight in weights]
-            attempts = [robust.Attempt(s, robust.CLIPPED_RTN, note=note) for s in solutions]
+        if reading.hessian is None:  # nothing is known but the weights
+            attempts = [robust.unreached(weight, group_size, make_room) for weight in weights]
         else:
-            tokens = hessian.tokens
-            moments = hessian.mean()
-            reading.hessian = hessian = None
-            dead = int((moments.diagonal() == 0).sum())
-            if moments.device != weights[0].device:  # its sum found no room on the GPU; now?
-                moments, weights = _together(moments, weights)
+            tokens = reading.hessian.tokens
+            (moments, dead), note = memory.or_on_cpu(
+                "second moments averaged", _mean, reading.hessian, make_room=make_room
+            )
+            reading.hessian = None
             attempts = robust.solve(
-                weights, moments, tokens, group_size,
-                make_room=travellers.spare_memory, **options,
-            )  # fmt: skip
+                weights, moments, tokens, group_size, make_room=make_room, **options
+            )
     seconds = (time.perf_counter() - started) / len(targets)
-    peak = None
-    if travellers.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(travellers.device)
-        torch.cuda.reset_peak_memory_stats(travellers.device)
+    peak, host = memory.peaks(travellers.device)
     for target, attempt in zip(targets, attempts, strict=True):
         yield Result(
             target, attempt.solution, attempt.method, attempt.loss, attempt.rtn_loss,
-            tokens, dead, seconds, peak, attempt.note,
+            tokens, dead, seconds, peak, memory.both(note, attempt.note), host,
         )  # fmt: skip
 
 
-def _together(moments: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Hessian and weights on the GPU if it has room, else in host memory."""
-    try:
-        return moments.to(weights[0].device), weights
-    except RuntimeError as error:
-        if not robust.out_of_memory(error):
-            raise
-    return moments, [weight.cpu() for weight in weights]
+def _mean(hessian: Hessian) -> tuple[Tensor, int]:
+    """Of the second moments, and how many inputs were zero for every token."""
+    moments = hessian.mean()
+    return moments, int((moments.diagonal() == 0).sum())
 
 
-def _set_weight(visit: Visit, module: nn.Module, solution: solver.Solution) -> None:
-    """Overwrite the weight with the values its codes stand for."""
-    with phase("solve"):
+def _written(
+    visit: Visit, module: nn.Module, result: Result, make_room: Callable[[], bool] = memory.never
+) -> Result:
+    """Overwrite the weight with the values its codes stand for; the result, with a note if the
+    CPU had to do it."""
+
+    def write(solution: solver.Solution) -> None:
         values = solution.dequantize()
-    visit.change(module.weight, values if is_conv1d(module) else values.t().contiguous())
+        visit.change(module.weight, values if is_conv1d(module) else values.t().contiguous())
+
+    with phase("solve"):
+        _, note = memory.or_on_cpu("weight set", write, result.solution, make_room=make_room)
+    return replace(result, note=memory.both(result.note, note))
 
 
 def _heard(on_result: Callable[[Result], None], results: list[Result]) -> list[Result]:

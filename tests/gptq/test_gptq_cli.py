@@ -80,8 +80,9 @@ def test_reports_every_module(work):
         assert 0 < module["loss"] < module["rtn_loss"]
         assert module["tokens"] == report["tokens"]
         assert module["damping"] >= 0.01 and module["seconds"] > 0 and module["note"] is None
-        assert module["peak_bytes"] is None  # of GPU memory; the run's own peak is beside it
-    assert report["peak_host_bytes"] > 0
+        assert module["peak_bytes"] is None  # of GPU memory
+    peaks = [module["peak_host_bytes"] for module in report["modules"]]
+    assert peaks[0] > 0 and peaks == sorted(peaks) and peaks[-1] <= report["peak_host_bytes"]
     assert report["full_precision"]["lm_head"] == "outside the decoder layers"
 
 
@@ -103,6 +104,10 @@ def test_reports_for_people_too(work):
     assert [float(row[3]) for row in rows] == pytest.approx(
         [module["loss"] for module in report["modules"]], rel=1e-3
     )
+    assert [row[8] for row in rows] == [
+        f"{module['peak_host_bytes'] / 1e9:.2f} GB" for module in report["modules"]
+    ]
+    assert "Peak: host memory of the whole process since it began" in page
     assert "- Full precision: lm_head (outside the decoder layers)" in page
 
 

@@ -199,7 +199,7 @@ def test_layers_of_another_plan_are_not_taken_for_its_own(tmp_path):
     for index in range(2):
         target = before.plan.targets[index][0]
         result = Result(target, solver.rtn(torch.randn(64, 64), 32), "rtn")
-        before.write(index, [result], resume.pack_all([result]))
+        before.write(index, [result], resume.pack_all([result])[0])
     with pytest.raises(resume.ResumeError, match="finished 2 of 2 layers"):
         store(["0.b", "1.a"])
     with pytest.raises(resume.ResumeError, match="layers was"):
@@ -238,9 +238,9 @@ def test_results_come_back_as_they_were(group_size, n, tmp_path):
     plan = Plan(group_size, ["layers.0"], [[target]])
     weight = torch.randn(128, n)
     solution = solver.gptq(weight, torch.eye(128), group_size)
-    result = Result(target, solution, "gptq", 0.1, 0.2, 17, 3, 0.25, 1000, "a note")
+    result = Result(target, solution, "gptq", 0.1, 0.2, 17, 3, 0.25, 1000, "a note", 2000)
     store = resume.Store(tmp_path, plan, {})
-    store.write(0, [result], resume.pack_all([result]))
+    store.write(0, [result], resume.pack_all([result])[0])
     store = resume.Store(tmp_path, plan, {}, resume=True)
     assert store.count == 1
     (again,) = store.done.results(0)
@@ -248,7 +248,7 @@ def test_results_come_back_as_they_were(group_size, n, tmp_path):
     assert torch.equal(again.solution.scales, solution.scales)
     assert again.solution.damping == solution.damping
     fields = ("target", "method", "loss", "rtn_loss", "tokens", "dead_inputs", "seconds",
-              "peak_bytes", "note")  # fmt: skip
+              "peak_bytes", "note", "peak_host_bytes")  # fmt: skip
     assert all(getattr(again, field) == getattr(result, field) for field in fields)
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(128, n)])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from faults import Elsewhere
 from losses import output_loss
 
 from gptq import robust, solver
@@ -79,17 +80,6 @@ def test_clipped_rounding_when_tokens_are_few():
     assert robust.solve([weight], hessian, 8, 32)[0].method == "gptq"
 
 
-class Elsewhere(torch.Tensor):
-    """A tensor that says it lives on a GPU until it is moved."""
-
-    @property
-    def device(self):
-        return torch.device("cuda")
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
-
-
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("no memory"), RuntimeError("CUSOLVER_STATUS_ALLOC_FAILED, when ...")],
@@ -114,7 +104,11 @@ def test_cuda_out_of_memory_makes_room_then_goes_to_the_cpu(error, monkeypatch):
     )  # fmt: skip
     rooms = iter([True, False])
     (attempt,) = robust.solve(
-        [weight.as_subclass(Elsewhere)], hessian, 200, 32, make_room=lambda: next(rooms)
+        [weight.as_subclass(Elsewhere)],
+        hessian.as_subclass(Elsewhere),
+        200,
+        32,
+        make_room=lambda: next(rooms),
     )
     assert tries == ["cuda", "cuda", "cpu"]
     assert attempt.method == "gptq" and attempt.note == "CUDA out of memory: solved on the CPU"
@@ -128,4 +122,4 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
 
     monkeypatch.setattr(solver, "gptq", failing)
     with pytest.raises(RuntimeError, match="a bug"):
-        robust.solve([weight.as_subclass(Elsewhere)], hessian, 200, 32)
+        robust.solve([weight.as_subclass(Elsewhere)], hessian.as_subclass(Elsewhere), 200, 32)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from faults import out_of_memory_when
 from models import BUILD, HIDDEN, MLP, build, token_samples
 from torch import nn
 
@@ -366,18 +367,6 @@ def test_inputs_that_are_always_zero_are_counted_and_their_weights_rounded():
     codes = result.solution.codes[dead]
     assert torch.equal(codes, grid.encode(weight[dead], scales).to(torch.uint8))
     assert (codes != 8).any()
-
-
-def out_of_memory_when(condition, monkeypatch, module, name):
-    """Let a function fail as CUDA does, if ``condition`` says so of its arguments."""
-    original = getattr(module, name)
-
-    def failing(*args, **kwargs):
-        if condition(*args):
-            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, failing)
 
 
 @pytest.mark.parametrize("late", [False, True])
