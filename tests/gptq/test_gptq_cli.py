@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from faults import always, at_first, out_of_memory_when
 from models import DECODER, build, save, save_gguf, tokenizer
 from transformers import AutoTokenizer
 
-from gptq import cli, evaluate
+from gptq import cli, evaluate, resume
 from marlin.checkpoint import load_pretrained
 from marlin.layer import MarlinLinear
 
@@ -254,6 +255,42 @@ def test_models_that_are_no_llama(name, linears, tmp_path):
     for dotted, layer in layers.items():
         bias = original.get_submodule(dotted).bias
         torch.testing.assert_close(layer.bias, bias.detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_gpu_without_memory_is_helped_out_and_the_report_says_so(work, monkeypatch, capsys):
+    """Packing is the last thing that happens to a linear; the rest is in test_memory.py."""
+    common = ("quantize", work / "model", "--group-size", 32, "--method", "rtn", "--device", "cpu")
+    call(*common, "--out", work / "roomy")
+    out_of_memory_when(at_first(), monkeypatch, resume, "pack")
+    capsys.readouterr()
+    call(*common, "--out", work / "narrow")
+    name, note = "model.layers.0.self_attn.q_proj", "CUDA out of memory: packed on the CPU"
+    assert f"1 layers did not go as planned:\n  {name}: rtn ({note})" in capsys.readouterr().out
+    modules = json.loads((work / "narrow" / "gptq_report.json").read_text())["modules"]
+    assert {m["name"]: m["note"] for m in modules if m["note"]} == {name: note}
+    page = (work / "narrow" / "gptq_report.md").read_text()
+    assert next(line for line in page.splitlines() if note in line).startswith(f"| {name} |")
+    weights = [(work / x / "model.safetensors").read_bytes() for x in ("roomy", "narrow")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "module, name, arguments",
+    [
+        (cli.export, "load_model", ("quantize", "{work}/model", "--out", "{work}/x",
+         "--group-size", "32", "--method", "rtn")),
+        (cli.evaluate, "evaluate", ("eval", "{work}/model", "--text", "{work}/text.txt")),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_anywhere_else_is_one_line(
+    module, name, arguments, work, monkeypatch, capsys
+):
+    out_of_memory_when(always, monkeypatch, module, name)
+    assert cli.main([a.format(work=work) for a in arguments] + ["--device", "cpu"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "marlin: error: cpu: expected memory for the model and one sample, ran out; "
+        "shorter samples (--seqlen) or --device cpu would do"
+    )
 
 
 QUANTIZE = ("quantize", "{work}/model", "--out", "{work}/x")

@@ -31,14 +31,19 @@ def round_to_nearest(model, **options):
     return [result for results in steps for result in results]
 
 
-def same(model, results, other_model, others):
-    """The same weights, in the results and in the model."""
+def same(model, results, others, device="cpu"):
+    """The same weights, in the results and in the model; a GPU may round otherwise here or there.
+    others: what the CPU does if memory does not run out."""
     assert [r.target for r in results] == [r.target for r in others]
     for a, b in zip(results, others, strict=True):
-        assert torch.equal(a.solution.codes.cpu(), b.solution.codes.cpu()), a.target.name
-        assert torch.equal(a.solution.scales.cpu(), b.solution.scales.cpu()), a.target.name
-    expected = other_model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        ours, theirs = a.solution.cpu(), b.solution
+        agree = (ours.codes == theirs.codes).float().mean()
+        assert agree == 1 if device == "cpu" else agree > 0.99, a.target.name
+        torch.testing.assert_close(
+            ours.scales, theirs.scales, rtol=0 if device == "cpu" else 2e-3, atol=0
+        )
+        weight = model.get_submodule(a.target.name).weight
+        assert torch.equal(weight.t(), ours.dequantize())
 
 
 def notes(results):
@@ -56,12 +61,11 @@ SPOTS = [
 @pytest.mark.parametrize("module, name, what, linears", SPOTS)
 def test_the_cpu_takes_over_and_the_report_says_so(module, name, what, linears, monkeypatch):
     model, samples = build("llama"), token_samples()
-    plain = copy.deepcopy(model)
-    expected = quantize(plain, samples)
+    expected = quantize(copy.deepcopy(model), samples)
     assert not notes(expected)
     out_of_memory_when(at_first(), monkeypatch, module, name)
     results = quantize(model, samples)
-    same(model, results, plain, expected)
+    same(model, results, expected)
     assert notes(results) == {f"{FIRST}{x}_proj": NOTE.format(what) for x in linears}
     assert all(result.method == "gptq" for result in results)
 
@@ -88,12 +92,11 @@ def test_what_never_fits_on_the_gpu_is_done_on_the_cpu(module, name, what, on_gp
 def test_activations_make_room_first(module, name, monkeypatch):
     """Then nothing needs the CPU, and there is no note."""
     model, samples = build("llama"), token_samples()
-    plain = copy.deepcopy(model)
-    expected = quantize(plain, samples)
+    expected = quantize(copy.deepcopy(model), samples)
     moved = pretend_activations_are_elsewhere(monkeypatch)
     out_of_memory_when(at_first(), monkeypatch, module, name)
     results = quantize(model, samples)
-    same(model, results, plain, expected)
+    same(model, results, expected)
     assert len(moved) == 1 and not notes(results)
 
 
@@ -118,13 +121,12 @@ def test_linears_that_no_token_reached(monkeypatch):
     model, samples = build("llama"), token_samples()
     for layer in model.model.layers:
         layer.mlp.spare = nn.Linear(HIDDEN, 40, bias=False)
-    plain = copy.deepcopy(model)
-    expected = quantize(plain, samples)
+    expected = quantize(copy.deepcopy(model), samples)
     first = at_first()
     unreached = lambda weight, *args: weight.shape == (HIDDEN, 40) and first()  # noqa: E731
     out_of_memory_when(unreached, monkeypatch, solver, "rtn")
     results = quantize(model, samples)
-    same(model, results, plain, expected)
+    same(model, results, expected)
     starved = "no token reached it"
     assert notes(results) == {
         "model.layers.0.mlp.spare": f"{NOTE.format('rounded')}; {starved}",
@@ -139,11 +141,10 @@ def test_linears_that_no_token_reached(monkeypatch):
 )
 def test_plain_rounding(module, name, what, device, monkeypatch):
     model = build("llama")
-    plain = copy.deepcopy(model)
-    expected = round_to_nearest(plain)
+    expected = round_to_nearest(copy.deepcopy(model))
     out_of_memory_when(at_first(), monkeypatch, module, name)
     results = round_to_nearest(model, device=device)
-    same(model, results, plain, expected)
+    same(model, results, expected, device)
     assert notes(results) == {f"{FIRST}q_proj": NOTE.format(what)}
 
 
@@ -151,13 +152,12 @@ def test_plain_rounding(module, name, what, device, monkeypatch):
 def test_plain_rounding_of_a_layer_that_does_not_fit(device, monkeypatch):
     """It stays where it is, and the next one is brought again."""
     model = build("llama")
-    plain = copy.deepcopy(model)
-    expected = round_to_nearest(plain)
+    expected = round_to_nearest(copy.deepcopy(model))
     large = model.model.layers[1].mlp.down_proj.weight.data_ptr()
     does_not_fit = lambda self, tensor: tensor.data_ptr() == large  # noqa: E731
     out_of_memory_when(does_not_fit, monkeypatch, Visit, "_moved")
     results = round_to_nearest(model, device=device)
-    same(model, results, plain, expected)
+    same(model, results, expected, device)
     in_it = [r.target.name for r in results if r.target.name.startswith("model.layers.1.")]
     assert notes(results) == dict.fromkeys(in_it, NOTE.format("rounded")) and len(in_it) == 7
     assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -182,11 +182,10 @@ def test_packing(device, monkeypatch, tmp_path):
 
 def test_checking_weights(monkeypatch):
     model, samples = build("llama"), token_samples()
-    plain = copy.deepcopy(model)
-    expected = quantize(plain, samples)
+    expected = quantize(copy.deepcopy(model), samples)
     out_of_memory_when(at_first(), monkeypatch, travellers, "_all_finite")
     results = quantize(model, samples)
-    same(model, results, plain, expected)
+    same(model, results, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 96])
@@ -194,8 +193,7 @@ def test_advancing(tokens, monkeypatch):
     """Batches are halved; for single samples, activations make room."""
     monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", tokens)
     model, samples = build("llama"), token_samples((24, 24, 24, 24, 40))
-    plain = copy.deepcopy(model)
-    expected = quantize(plain, samples)
+    expected = quantize(copy.deepcopy(model), samples)
     moved = pretend_activations_are_elsewhere(monkeypatch)
     sizes = []
     first = at_first()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from faults import always, out_of_memory_when
 from torch import nn
 
 from gptq.visit import Visit, read_ahead
@@ -56,6 +57,43 @@ def test_what_was_changed_stays_changed_and_what_has_left_is_left_alone():
     assert (layer[0].weight == 3).all() and (layer.tied.weight == 3).all()
     assert layer[0].bias.dtype == torch.float16
     assert left.weight.dtype == torch.float32
+
+
+def test_after_an_error_on_the_way_it_can_be_tried_again(monkeypatch):
+    layer = module()
+    before = {name: tensor.data_ptr() for name, tensor in tensors(layer).items()}
+    last = layer[1].num_batches_tracked.data_ptr()
+    with Visit(layer.modules(), "cpu", torch.float32) as visit:
+        with monkeypatch.context() as patch:
+            full = lambda self, tensor: tensor.data_ptr() == last  # noqa: E731
+            out_of_memory_when(full, patch, Visit, "_moved")
+            with pytest.raises(torch.OutOfMemoryError):
+                visit.bring()
+        assert {name: tensor.data_ptr() for name, tensor in tensors(layer).items()} == before
+        visit.bring()
+        assert layer[0].weight.dtype == layer[1].running_mean.dtype == torch.float32
+    assert {name: tensor.data_ptr() for name, tensor in tensors(layer).items()} == before
+
+
+def test_without_memory_to_lock_nothing_is_read_ahead(monkeypatch):
+    layer = module()
+    out_of_memory_when(always, monkeypatch, torch, "empty_like")
+    ahead = read_ahead(layer.modules())
+    assert ahead.result() == {}
+    with Visit(layer.modules(), "cpu", torch.float32) as visit:
+        visit.bring(ahead)
+        assert layer[0].weight.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_values_from_host_memory_take_the_place_that_is_there():
+    layer = module()
+    with Visit(layer.modules(), "cuda") as visit:
+        visit.bring()
+        there = layer[0].weight.data_ptr()
+        visit.change(layer[0].weight, torch.full((4, 4), 3.0))
+        assert layer[0].weight.is_cuda and layer[0].weight.data_ptr() == there
+    assert not layer[0].weight.is_cuda and (layer[0].weight == 3).all()
 
 
 @pytest.mark.gpu
