@@ -188,19 +188,18 @@ def test_checking_weights(monkeypatch):
     same(model, results, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 96])
-def test_advancing(tokens, monkeypatch):
+@pytest.mark.parametrize("tokens, which", [(1, 1), (1, 3), (96, 1)])
+def test_advancing(tokens, which, monkeypatch):
     """Batches are halved; for single samples, activations make room."""
     monkeypatch.setitem(travellers.BATCH_TOKENS, "cpu", tokens)
     model, samples = build("llama"), token_samples((24, 24, 24, 24, 40))
     expected = quantize(copy.deepcopy(model), samples)
     moved = pretend_activations_are_elsewhere(monkeypatch)
     sizes = []
-    first = at_first()
-    fails = lambda hidden: sizes.append(len(hidden)) or first()  # noqa: E731
+    fails = lambda hidden: sizes.append(len(hidden)) or len(sizes) == which  # noqa: E731
     out_of_memory_when(fails, monkeypatch, travellers, "finite_rows")
     results = quantize(model, samples)
-    assert sizes[:3] == ([4, 2, 2] if tokens == 96 else [1, 1, 1])
+    assert sizes[:4] == ([4, 2, 2, 1] if tokens == 96 else [1, 1, 1, 1])
     assert moved == ([] if tokens == 96 else [True])
     assert [r.tokens for r in results] == [136] * 21
     for a, b in zip(results, expected, strict=True):
@@ -208,6 +207,15 @@ def test_advancing(tokens, monkeypatch):
             assert torch.equal(a.solution.codes, b.solution.codes)
         else:  # batches of another size sum up in another order
             assert (a.solution.codes == b.solution.codes).float().mean() > 0.98
+
+
+def test_recording(monkeypatch):
+    model, samples = build("llama"), token_samples()
+    expected = quantize(copy.deepcopy(model), samples)
+    moved = pretend_activations_are_elsewhere(monkeypatch)
+    out_of_memory_when(at_first(), monkeypatch, travellers.Travellers, "_record")
+    same(model, quantize(model, samples), expected)
+    assert moved == [True]
 
 
 ERROR = "cpu: expected memory for {}, ran out; {}"
