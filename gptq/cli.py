@@ -16,7 +16,7 @@ from . import calibration, evaluate, export, memory, report, run, walk
 from .options import DTYPES, add_eval, add_quantize, check_device, solver_options
 from .phases import Phases, phase
 from .plan import PER_COLUMN, Plan, make_plan
-from .resume import Store
+from .resume import Store, finished
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,6 +95,12 @@ def run_quantize(args: argparse.Namespace) -> None:
         **settings,
     }
     store = Store(args.out, plan, pins, resume=args.resume, restart=args.restart)
+    dtype = DTYPES[args.dtype] if args.dtype else export.stored_dtype(config)
+    pins["dtype"] = str(dtype).removeprefix("torch.")  # layers do not depend on it
+    if args.resume and not store.begun and finished(args.out, plan, pins):
+        store.remove()  # a run that was killed at the very end may not have got so far
+        print(f"{args.out} is finished, by a run with these settings: nothing to resume")
+        return
     if store.count:
         print(f"Going on after {store.count} of {len(plan.blocks)} layers")
 
@@ -120,7 +126,7 @@ def run_quantize(args: argparse.Namespace) -> None:
             )
         quantized = time.perf_counter()
         with phase("write"):
-            model.to(DTYPES[args.dtype] if args.dtype else export.stored_dtype(config))
+            model.to(dtype)
             export.save(model, tokenizer, args.out)
     outcome = {
         "model": args.model,
@@ -132,6 +138,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         "peak_host_bytes": memory.peak_host_bytes(),
         "skipped_samples": skipped,
         **report.everything(plan, modules),
+        "pins": pins,
     }
     export.save_report(args.out, outcome, report.markdown(outcome))
     store.remove()
@@ -187,13 +194,13 @@ def print_outcome(outcome: dict, out: Path) -> None:
         print(f"{len(failed)} layers did not go as planned:")
         print("\n".join(f"  {line}" for line in failed[:20]))
         if len(failed) > 20:
-            print(f"  and {len(failed) - 20} more, see {export.REPORT}")
+            print(f"  and {len(failed) - 20} more, see {report.FILE}")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in outcome["phases"].items())
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     tokens = f" with {outcome['tokens']} tokens" if outcome["tokens"] else ""
     ratio = report.ratio(modules)
     print(f"Quantized {len(modules)} layers{tokens} in {seconds:.1f} s ({phases}){ratio}")
-    print(f"Wrote {out} ({size / 1e6:.1f} MB of weights) and {export.REPORT} in it")
+    print(f"Wrote {out} ({size / 1e6:.1f} MB of weights) and {report.FILE} in it")
 
 
 def run_eval(args: argparse.Namespace) -> None:

@@ -15,10 +15,9 @@ from marlin.experts import take_apart
 from marlin.layer import MarlinLinear, dense_layers
 
 from . import memory
-from .resume import pack
+from . import report as report_of
+from .resume import pack, write_whole
 from .walk import Result
-
-REPORT = "gptq_report.json"
 
 
 class ModelError(ValueError):
@@ -145,8 +144,9 @@ def save(model: PreTrainedModel, tokenizer, directory: Path) -> None:
 
 def save_report(directory: Path, report: dict, page: str) -> None:
     """Beside a checkpoint, how it was made: for programs, and for people."""
-    (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    (directory / REPORT).with_suffix(".md").write_text(page, encoding="utf-8")
+    path, text = directory / report_of.FILE, json.dumps(report, indent=1) + "\n"
+    path.with_suffix(".md").write_text(page, encoding="utf-8")
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def identity(source: str, config) -> dict:

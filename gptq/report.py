@@ -9,6 +9,7 @@ from .robust import GPTQ, RTN
 from .solver import Solution
 from .walk import Result
 
+FILE = "gptq_report.json"  # beside the checkpoint
 FIELDS = (
     "method", "loss", "rtn_loss", "tokens", "dead_inputs", "seconds", "peak_bytes",
     "peak_host_bytes", "note",

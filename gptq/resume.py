@@ -5,11 +5,13 @@ and ``layer-00000.safetensors`` and so on: the packed weights of one decoder lay
 ``X.s`` of DESIGN §2.3), and in the file's metadata how every one of them went. A file gets its name
 when it is complete, so killing the process at any moment leaves whole layers only. The final
 checkpoint is written from these files, mapped rather than read: host memory never holds all of it.
+Its report has the pins by the time that the folder goes, so that a finished run is known as one.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from marlin import ops
 from marlin.layer import MarlinLinear
+from marlin.shards import CONFIG, CheckpointError, list_tensors, read_json
 
 from . import memory, report
 from .plan import Plan, Target
@@ -48,7 +51,7 @@ class Store:
     ) -> None:
         self.folder = out / FOLDER
         self.plan = plan
-        pins = json.loads(json.dumps({"format": FORMAT, **pins}))  # tuples and lists alike
+        pins = _plain({"format": FORMAT, **pins})
         if restart:
             self.remove()
         manifest = self.folder / MANIFEST
@@ -59,8 +62,12 @@ class Store:
                 f"{self.folder}: an earlier run finished {left} of {len(plan.blocks)} "
                 "layers; --resume goes on after them, --restart throws them away"
             )
-        if left:
-            _compare(_read(manifest), pins, self.folder)
+        if left and (differences := _differences(_read(manifest), pins)):
+            raise ResumeError(
+                f"{self.folder}: expected the settings of the run that began there; "
+                f"{differences}. The same settings go on, --restart starts over"
+            )
+        self.begun = left > 0  # by an earlier run
         self.count = self._finished() if left else 0  # layers that need no more work
         self._manifest = json.dumps(pins, indent=1) + "\n"
 
@@ -74,9 +81,9 @@ class Store:
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
         if index == 0:  # what an earlier run left without finishing a layer may be another's
-            _write(self.folder / MANIFEST, lambda path: path.write_text(self._manifest))
+            write_whole(self.folder / MANIFEST, lambda path: path.write_text(self._manifest))
         metadata = {"modules": json.dumps([report.module(result) for result in results])}
-        _write(self._path(index), lambda path: save_file(packed, path, metadata))
+        write_whole(self._path(index), lambda path: save_file(packed, path, metadata))
 
     def layers(self, index: int, model: nn.Module) -> dict[str, MarlinLinear]:
         """The packed layers of a finished decoder layer, mapped from its file; biases come from
@@ -104,7 +111,9 @@ class Store:
             ]
 
     def remove(self) -> None:
-        """Once everything is in the checkpoint."""
+        """Once everything is in the checkpoint. The manifest goes first: while it is there, the
+        layers are."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
@@ -121,6 +130,34 @@ class Store:
             except (OSError, SafetensorError):  # not there, or the machine went down in between
                 return index
         return len(self.plan.targets)
+
+
+def finished(out: Path, plan: Plan, pins: dict) -> bool:
+    """Whether ``out`` holds the whole checkpoint of a run with these pins, as its report has them.
+
+    Raises ResumeError for the checkpoint of a run with other pins, which must not be lost.
+    """
+    try:
+        values = read_json(out / report.FILE)
+        quantization = read_json(out / CONFIG).get("quantization_config")
+        tensors = list_tensors(out)
+    except CheckpointError:  # not there, or not whole: nothing to be lost
+        return False
+    targets = [target.name for target in plan.all_targets()]
+    if not (isinstance(quantization, dict) and quantization.get("quant_method") == "marlin"):
+        return False
+    before = values.get("pins")
+    if not isinstance(before, dict):
+        raise ResumeError(
+            f"{out / report.FILE}: a finished checkpoint's, which does not say with what settings "
+            "it was made; --restart makes it anew"
+        )
+    if differences := _differences(before, _plain(pins)):
+        raise ResumeError(
+            f"{out}: expected the settings that its finished checkpoint was made with; "
+            f"{differences}. --restart makes it anew"
+        )
+    return all(f"{name}.{part}" in tensors for name in targets for part in "Bs")
 
 
 def pack(solution: Solution, bias: Tensor | None = None) -> MarlinLinear:
@@ -157,7 +194,7 @@ def _unpack(target: Target, words: Tensor, scales: Tensor) -> Solution:
     return Solution(codes[:, : target.n].contiguous(), scales[:, : target.n].contiguous())
 
 
-def _write(path: Path, write) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Under another name first: a file with its own name is complete."""
     unfinished = path.with_name(path.name + ".part")
     write(unfinished)
@@ -171,18 +208,19 @@ def _read(manifest: Path) -> dict:
         raise ResumeError(f"{manifest}: {error}; --restart starts over") from error
 
 
-def _compare(before: dict, now: dict, folder: Path) -> None:
+def _plain(pins: dict) -> dict:
+    """As JSON gives them back, where tuples are lists."""
+    return json.loads(json.dumps(pins))
+
+
+def _differences(before: dict, now: dict) -> str:
+    """In words; empty if there are none."""
     before, now = _flat(before), _flat(now)
-    differences = [
+    return "; ".join(
         f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ResumeError(
-            f"{folder}: expected the settings of the run that began there; "
-            f"{'; '.join(differences)}. The same settings go on, --restart starts over"
-        )
+    )
 
 
 def _flat(pins: dict) -> dict:

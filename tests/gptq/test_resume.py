@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,67 @@ def test_killed_at_a_bad_moment_it_goes_on_to_the_same_result(work, sabotage, fi
     assert said == (finished > 0)
     same_checkpoints(work / "whole", work / out)
     assert not (work / out / resume.FOLDER).exists()
+
+
+def after_all_is_done():
+    remove = resume.Store.remove
+    resume.Store.remove = lambda store: (remove(store), die())
+
+
+def while_the_rest_is_removed():
+    def half(path, **options):
+        if path.name == resume.FOLDER:
+            (path / "layer-00000.safetensors").unlink()
+            die()
+        remove(path, **options)
+
+    remove, shutil.rmtree = shutil.rmtree, half
+
+
+def state(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("sabotage", [after_all_is_done, while_the_rest_is_removed, None])
+def test_what_is_finished_is_not_made_again(work, sabotage, capsys):
+    out = f"finished_{sabotage.__name__}" if sabotage else "whole"
+    if sabotage:
+        killed(work, out, sabotage)
+    before = state(work / out)
+    capsys.readouterr()
+    assert quantize(work, out, "--resume") == 0
+    said = capsys.readouterr().out
+    assert f"{work / out} is finished" in said and "Loading" not in said
+    left = state(work / out)
+    assert left.items() <= before.items() and not (work / out / resume.FOLDER).exists()
+    assert {p.name for p in before.keys() - left.keys()} <= {
+        f"layer-{n:05d}.safetensors" for n in range(LAYERS)
+    }
+    same_checkpoints(work / "whole", work / out)
+    for wrong, message in (
+        (("--damping", "0.02"), "options.damping was 0.01, now 0.02"),
+        (("--dtype", "float32"), 'dtype was "float16", now "float32"'),
+    ):
+        assert quantize(work, out, "--resume", *wrong) == 2
+        (error,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("marlin: er")]
+        assert message in error and "--restart makes it anew" in error
+    assert state(work / out) == left
+
+
+def test_what_is_no_longer_whole_is_made_again(work, capsys):
+    shutil.copytree(work / "whole", work / "spoiled")
+    weights = work / "spoiled" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    assert quantize(work, "spoiled", "--resume") == 0
+    assert "Loading" in capsys.readouterr().out
+    same_checkpoints(work / "whole", work / "spoiled")
+    report = work / "spoiled" / "gptq_report.json"
+    values = json.loads(report.read_text())
+    del values["pins"]  # as reports of before have none
+    report.write_text(json.dumps(values))
+    assert quantize(work, "spoiled", "--resume") == 2
+    assert "does not say with what settings" in capsys.readouterr().err
+    assert quantize(work, "spoiled", "--restart") == 0
 
 
 def test_killed_from_outside(work):
