@@ -20,7 +20,7 @@ from torch import Tensor
 
 from marlin import formats
 from marlin.shard_writer import ShardWriter
-from marlin.shards import BESIDE, CONFIG, PICKLES, CheckpointError, staged
+from marlin.shards import BESIDE, CONFIG, PICKLES, SAVING, CheckpointError, recover, staged
 from marlin.sources import DTYPES, Source, StateDictSource, open_source
 
 SHARD_BYTES = 10**9
@@ -101,8 +101,15 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"target: expected a directory apart from the source, got {target}")
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: expected a directory, {target} is a file")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"target: {target} is not empty")
+    if target.is_dir():
+        recover(target)
+        names = {path.name for path in target.iterdir()}
+        if names and not overwrite:
+            writing = all(name.startswith(SAVING) for name in names)
+            raise ValueError(
+                f"target: {target} is "
+                + ("being written by another process" if writing else "not empty")
+            )
 
 
 def write_all(source: Source, writer, stage: Path, shard_bytes: int, progress) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -17,6 +19,8 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and GPTQModel's; AutoAWQ's
+SAVING = ".saving-"
+LEFT = (SAVING, ".leaving-", ".previous-")  # folders that a save makes, a key of its own behind
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -28,30 +32,39 @@ class CheckpointError(ValueError):
 def staged(target: Path) -> Iterator[Path]:
     """A folder to write into, whose content takes the old checkpoint's place at the end.
 
-    It lies inside target, so that this works on mounted directories too.
+    It lies inside target, so that this works on mounted directories too. What a process that was
+    killed left there is cleared first: see `recover`.
     """
     made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield stage
-        install(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if made and not any(target.iterdir()):
-            target.rmdir()
+    with contextlib.ExitStack() as ours:
+        with locked(target):
+            clear(target)
+            stage = Path(tempfile.mkdtemp(prefix=SAVING, dir=target))
+            ours.enter_context(locked(stage))
+        try:
+            yield stage
+            with locked(target):
+                install(stage, target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            if made and not any(target.iterdir()):
+                target.rmdir()
 
 
 def install(stage: Path, target: Path) -> None:
     """Moves the old checkpoint's files aside, the new ones in, then drops the old.
 
     config.json goes first and comes last: whoever looks in between finds no checkpoint rather
-    than parts of two. Nothing is deleted before everything is in its place.
+    than parts of two. Nothing is deleted before everything is in its place. The folder aside is
+    called .leaving until all of the old is in it, then .previous: for `clear`.
     """
     new = {path.name for path in stage.iterdir()}
     old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
-    aside = Path(tempfile.mkdtemp(prefix=".previous-", dir=target))
-    moves = [(target / name, aside / name) for name in sorted(old, key=CONFIG.__ne__)]
+    _, leaving, previous = folders(target, stage.name.removeprefix(SAVING))
+    leaving.mkdir()
+    moves = [(target / name, leaving / name) for name in sorted(old, key=CONFIG.__ne__)]
+    moves.append((leaving, previous))
     moves += [(stage / name, target / name) for name in sorted(new, key=CONFIG.__eq__)]
     done = []
     try:
@@ -61,9 +74,75 @@ def install(stage: Path, target: Path) -> None:
     except BaseException:
         for source, destination in reversed(done):
             destination.rename(source)
-        aside.rmdir()
+        leaving.rmdir()
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(previous)
+
+
+def recover(target: Path) -> None:
+    """Makes a folder whole again in which processes were killed while they wrote a checkpoint.
+
+    If the new one was about to take its place, it has it then; else the old one is there.
+    """
+    with locked(target):
+        clear(target)
+
+
+def clear(target: Path) -> None:
+    """`recover` for who holds the lock on target."""
+    left = [path.name.split("-", 1) for path in target.iterdir() if path.name.startswith(LEFT)]
+    for key in sorted({key for _, key in left}):
+        stage, leaving, previous = folders(target, key)
+        if not abandoned(stage):
+            continue
+        if not (target / CONFIG).exists():
+            if leaving.is_dir():  # nothing new has come yet
+                move_all(leaving, target)
+            elif previous.is_dir():  # nothing old is left
+                move_all(stage if (stage / CONFIG).exists() else previous, target)
+        for path in (stage, previous):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # if it is empty
+            leaving.rmdir()
+
+
+def folders(target: Path, key: str) -> list[Path]:
+    """Where a save puts the new, the old while it leaves, and all of the old."""
+    return [target / (prefix + key) for prefix in LEFT]
+
+
+def move_all(source: Path, target: Path) -> None:
+    for name in sorted((path.name for path in source.iterdir()), key=CONFIG.__eq__):
+        (source / name).rename(target / name)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Waits until no other process has a directory, and has it while this one lives; nothing of
+    both on file systems without locks."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def abandoned(stage: Path) -> bool:
+    """Whether a folder is not there, or nobody's who lives; False where that cannot be known."""
+    try:
+        handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(handle)
 
 
 def belongs(filename: str) -> bool:
