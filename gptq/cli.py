@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from marlin.convert import check_device
+
 from . import calibration, evaluate, export, memory, report, run, walk
-from .options import DTYPES, add_eval, add_quantize, check_device, solver_options
+from .options import DTYPES, add_eval, add_quantize, solver_options
 from .phases import Phases, phase
 from .plan import PER_COLUMN, Plan, make_plan
 from .resume import Store, finished

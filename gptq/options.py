@@ -169,20 +169,6 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_device(name: str) -> None:
-    """Raises ValueError for a device that is none, or not here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        here = f"{count} CUDA devices" if count else "no CUDA device"
-        raise ValueError(f"--device: {name}, but torch sees {here}; `marlin info` says more")
-
-
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

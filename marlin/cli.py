@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -124,7 +125,8 @@ def add_convert(commands) -> None:
 
 
 def positive(text: str) -> float:
-    if not (value := float(text)) > 0:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value * 1e9)):  # bytes, of GB
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
 

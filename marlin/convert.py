@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor
 
 from marlin import formats
+from marlin.companions import companions, copy_companions
 from marlin.shard_writer import ShardWriter
-from marlin.shards import BESIDE, CONFIG, PICKLES, SAVING, CheckpointError, recover, staged
+from marlin.shards import BESIDE, CONFIG, SAVING, CheckpointError, recover, staged
 from marlin.sources import DTYPES, Source, StateDictSource, open_source
 
 SHARD_BYTES = 10**9
-# Not copied: what the new checkpoint has of its own, and weights in formats that are not read.
-WEIGHTS = ("*.safetensors", "*.index.json", *PICKLES, "*.gguf", "*.onnx*", "*.h5", "*.msgpack")
-LEFT_OUT = (CONFIG, *BESIDE, *WEIGHTS, ".*")
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|shared|embed_in|embed_(tokens|positions)|\w*embeddings?)")
 
 
@@ -78,13 +75,13 @@ def convert(
     if format not in formats.WRITERS:
         known = ", ".join(formats.WRITERS)
         raise ValueError(f"format: expected one of {known}, got {format!r}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device}, but torch sees no CUDA device")
+    check_device(device)
     check_target(source, target, overwrite)
     started = time.perf_counter()
     with open_source(source, config and Path(config), device) as opened, staged(target) as stage:
+        beside = companions(opened.directory)
         written = write_all(opened, formats.WRITERS[format], stage, shard_bytes, progress)
-        copy_companions(opened.directory, stage)
+        copy_companions(opened.directory, beside, stage)
     return Report(
         opened.reader.name,
         format,
@@ -93,6 +90,20 @@ def convert(
         written,
         time.perf_counter() - started,
     )
+
+
+def check_device(name: torch.device | str) -> None:
+    """Raises ValueError for a device that is none to work on, or not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(name)!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        here = f"{count} CUDA devices" if count else "no CUDA device"
+        raise ValueError(f"device: {name}, but torch sees {here}; `marlin info` says more")
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -229,11 +240,6 @@ def new_config(source: Source, quantization: dict) -> dict:
             values.pop("torch_dtype", None)
             values["dtype"] = str(kept[0]).removeprefix("torch.")
     return values | {"quantization_config": quantization}
-
-
-def copy_companions(source: Path, stage: Path) -> None:
-    """Tokenizer, generation settings, licence: all but weights and configuration."""
-    shutil.copytree(source, stage, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

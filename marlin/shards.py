@@ -153,15 +153,20 @@ def belongs(filename: str) -> bool:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, in which no key may come twice."""
+    expect_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected an object, got {type(value).__name__}")
     return value
+
+
+def expect_file(path: Path) -> None:
+    """Opening a pipe, say, would wait for ever."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: no {path.name}")
 
 
 def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -257,11 +262,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 @contextlib.contextmanager
 def open_shard(path: Path, device: str = "cpu") -> Iterator[safe_open]:
+    expect_file(path)
     try:
         with safe_open(path, framework="pt", device=device) as shard:
             yield shard
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

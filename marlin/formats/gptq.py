@@ -30,6 +30,7 @@ from .base import (
     usual_group_size,
 )
 from .nibbles import pack_columns, pack_rows, unpack_columns, unpack_rows
+from .patterns import match
 from .weight import check_scales, expect_shape, expect_words, normalized
 
 NAME = "gptq"
@@ -118,9 +119,9 @@ class GPTQReader(Reader):
     def exception(self, layer: str) -> dict:
         """What `dynamic` says of a layer; the first pattern that matches counts."""
         for pattern, values in self.dynamic.items():
-            where = f"quantization_config: dynamic: {pattern!r}"
+            where = f"quantization_config: dynamic: {pattern[:100]!r}"
             try:
-                matches = re.match(pattern.removeprefix("+:").removeprefix("-:"), layer)
+                matches = match(pattern.removeprefix("+:").removeprefix("-:"), layer)
             except re.error as error:
                 raise CheckpointError(f"{where}: {error}") from error
             if not matches:

@@ -109,10 +109,17 @@ def test_convert_says_what_is_wrong(source, tmp_path, capsys):
         arguments = ("convert", source, tmp_path / "out", "--format", "marlin", "--device", "cuda")
         status, _, err = run(capsys, *arguments)
         assert status == 2 and "torch sees no CUDA device" in err
-    for wrong in (["--format", "awq"], [], ["--format", "gptq", "--shard-size", "0"]):
+    for device in ("foo", "mps", "meta", "", "cuda:-1", "cuda:x"):
+        arguments = ("convert", source, tmp_path / "out", "--format", "marlin", "--device", device)
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and f"expected cpu, cuda or cuda:N, got {device!r}" in err
+        assert len(err.splitlines()) == 1
+    sizes = [["--format", "gptq", "--shard-size", x] for x in ("0", "-1", "inf", "nan", "1e300")]
+    for wrong in (["--format", "awq"], [], *sizes):
         with pytest.raises(SystemExit) as caught:
             run(capsys, "convert", source, tmp_path / "out", *wrong)
         assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def marlin(*arguments, cwd):

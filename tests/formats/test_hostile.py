@@ -178,6 +178,17 @@ def groups_of(change):
     return lambda c: change(c["config_groups"]["group_0"]["weights"])
 
 
+PATTERNS = {  # each of which takes Python hours, or for ever
+    "+:(.+)+[0-9]!": r"a choice inside of a repeat, as in \(\.\+\)\+, may take very long",
+    "+:(?:a|.)*!": "a choice inside",
+    "+:(?:.{1,9}){1,9}!": "a choice inside",
+    "+:" + "(?:.*)" * 12 + "!": "may take very long on a name of .. letters",
+    "-:" + ".?" * 40 + "!": "may take very long on a name",
+    "-:(?i)" + "(?:mo|MO|.)" * 40 + "!": "may take very long on a name",
+    "(?:(?:){9999}){9999}": "99980001 times",
+    "." * 20_000: "at most 10000 letters, got 20000",
+    "(" * 5000 + ")" * 5000: "recursion|parenthes",
+}
 CONFIGURATIONS = [
     ("gptq", lambda c: c.clear(), "not quantized"),
     ("gptq", lambda c: c.pop("bits"), "4 bits per weight, got None"),
@@ -193,6 +204,10 @@ CONFIGURATIONS = [
     ("gptq", lambda c: c.update(pack_dtype="int64"), "pack_dtype int32"),
     ("gptq", lambda c: c.update(dynamic=[1]), "dynamic: expected"),
     ("gptq", lambda c: c.update(dynamic={"+:(": {}}), "dynamic"),
+    *(
+        ("gptq", lambda c, p=p: c.update(dynamic={p: {}}), f"dynamic: .*{message}")
+        for p, message in PATTERNS.items()
+    ),
     ("gptq", lambda c: c.update(dynamic={"-:.*q_proj": {}}), "packed, but excluded by dynamic"),
     ("gptq", lambda c: c.update(dynamic={".*q_proj": {"bits": 8}}), "4 bits .* got 8"),
     ("gptq", lambda c: c.update(dynamic={".*q_proj": 3}), "expected {}, got 3"),
@@ -461,6 +476,57 @@ def test_configurations_that_are_no_configurations(config, copy):
     directory = copy("gptq")
     (directory / "config.json").write_text(config)
     refuse(directory, "config")
+
+
+def with_a_companion(directory, make):
+    (directory / "more").mkdir()
+    (directory / "more" / "licence.txt").write_text("free")
+    make(directory / "more" / "x")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: path.symlink_to("/etc/passwd"), "leads out of the checkpoint, to /etc/passw"),
+        (lambda path: path.symlink_to("../../secret"), "leads out of the checkpoint, to /.*secret"),
+        (lambda path: path.symlink_to("nowhere"), "a link that leads to none"),
+        (lambda path: path.symlink_to("x"), "a link that leads to none"),
+        (lambda path: path.symlink_to("../more"), "a link that leads to none"),
+        (lambda path: path.symlink_to("/etc"), "a link that leads to none"),
+        (os.mkfifo, "expected a file or a folder"),
+    ],
+)
+def test_companions_that_are_no_files_of_the_checkpoint(make, message, copy):
+    directory = copy("gptq")
+    (directory.parent / "secret").write_text("secret")
+    with_a_companion(directory, make)
+    refuse(directory, f"more/x: .*{message}", loading=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001-of-00002.safetensors"])
+def test_pipes_in_the_place_of_files(name, copy):
+    directory = copy("gptq")
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    refuse(directory, "no config.json|no model.*safetensors")
+
+
+def test_links_that_are_as_they_should_be(copy):
+    """Within the checkpoint, and into the blobs of the hub's cache, of which snapshots are made."""
+    directory = copy("gptq")
+    with_a_companion(directory, lambda path: path.symlink_to("licence.txt"))
+    cache = directory.parent / "models--a--b"
+    (cache / "snapshots").mkdir(parents=True)
+    shutil.move(directory, cache / "blobs")
+    snapshot = cache / "snapshots" / "1a2b"
+    for path in (path for path in (cache / "blobs").rglob("*") if path.is_file()):
+        link = snapshot / path.relative_to(cache / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(path, link.parent))
+    convert(snapshot, directory.parent / "target", "marlin")
+    for name in ("x", "licence.txt"):
+        path = directory.parent / "target" / "more" / name
+        assert path.read_text() == "free" and not path.is_symlink()
 
 
 def test_nothing_there(tmp_path):

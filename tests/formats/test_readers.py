@@ -1,11 +1,15 @@
 """Every format, written by its definition, is read back value by value."""
 
+import re
+import time
+
 import by_definition as by
 import numpy as np
 import pytest
 import torch
 
 from marlin import formats
+from marlin.formats import patterns
 from marlin.formats.marlin import StateDictReader
 from marlin.formats.nibbles import pack_columns, pack_rows, unpack_columns, unpack_rows
 from marlin.layer import MarlinLinear
@@ -165,3 +169,24 @@ def test_nibbles_on_the_gpu():
     order = by.AWQ_ORDER
     assert torch.equal(unpack_columns(words.cuda(), order).cpu(), unpack_columns(words, order))
     assert torch.equal(pack_columns(unpack_columns(words.cuda(), order), order).cpu(), words)
+
+
+USUAL = [  # exceptions as people write them
+    r".*\.(?:0|1|10|11|12|2|20|31)\..*\.(?:gate|up)_proj.*", r"model\.layers\.0\..*", r".*q_proj",
+    r"^model\.layers\.([0-9]|1[0-9])\.mlp\.(experts\.\d+\.)?(gate|up|down)_proj$", "", r"lm_head",
+    r"(?!.*mlp).*layers\.(?P<n>\d{1,3})\.self_attn\.[qkv]_proj", r".*(gate|shared_expert).*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_patterns_that_are_usual_mean_what_they_mean(pattern):
+    layers = (f"model.layers.{n}.{x}_proj" for n in (0, 11, 70) for x in ("self_attn.q", "mlp.up"))
+    for layer in [*layers, "model.layers.3.mlp.experts.63.gate_proj", "lm_head", "x" * 150]:
+        assert patterns.match(pattern, layer) == bool(re.match(pattern, layer))
+
+
+def test_patterns_that_are_allowed_take_no_long_time():
+    for pattern in (".*" * 4, "(?:a|.)" * 8 + ".*" * 3, ".?" * 24):
+        started = time.perf_counter()
+        assert not patterns.match(pattern + "[^a]!", "a" * 60)
+        assert time.perf_counter() - started < 5

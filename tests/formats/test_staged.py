@@ -176,7 +176,7 @@ def test_a_conversion_after_one_that_was_killed(tmp_path):
     target = tmp_path / "target"
 
     def killed():
-        shutil.copytree = die
+        shutil.copy2 = die
         convert(source, target, "marlin", overwrite=True)
 
     for overwrite in (False, True):
