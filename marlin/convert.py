@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,8 +127,10 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 def write_all(source: Source, writer, stage: Path, shard_bytes: int, progress) -> int:
     """Every tensor and the configuration; the number of bytes of the tensors."""
     summaries = {}
-    with ShardWriter(stage, shard_bytes) as shards:
-        for name, summary, tensors in run_ahead(tasks(source, writer, progress)):
+    steps = tasks(source, writer, progress)
+    # Closed, a progress bar ends before an error is printed.
+    with ShardWriter(stage, shard_bytes) as shards, contextlib.closing(steps):
+        for name, summary, tensors in run_ahead(steps):
             if summary is not None:
                 summaries[name] = summary
             for tensor_name, tensor in tensors.items():

@@ -105,6 +105,10 @@ def test_convert_says_what_is_wrong(source, tmp_path, capsys):
     status, _, err = run(capsys, *arguments)
     assert status == 2 and shard.name in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+    config = by.gptq_config(dynamic={"+:(.+)+!": {}})  # seen when the progress bar is there
+    bad = by.write_checkpoint(tmp_path / "bad", by.gptq, by.llama_weights(), config)
+    status, _, err = run(capsys, "convert", bad, tmp_path / "out", "--format", "marlin")
+    assert status == 2 and err.splitlines()[-1].startswith("marlin: error: quantization_config")
     if not torch.cuda.is_available():
         arguments = ("convert", source, tmp_path / "out", "--format", "marlin", "--device", "cuda")
         status, _, err = run(capsys, *arguments)

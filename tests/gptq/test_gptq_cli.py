@@ -303,7 +303,7 @@ QUANTIZE = ("quantize", "{work}/model", "--out", "{work}/x")
         ((*QUANTIZE, "--group-size", "96"), "invalid choice"),
         ((*QUANTIZE, "--bits", "3"), "invalid choice"),
         ((*QUANTIZE, "--device", "gpu"), "expected cpu, cuda or cuda:N, got 'gpu'"),
-        ((*QUANTIZE, "--device", "cuda:99"), "--device: cuda:99, but torch sees"),
+        ((*QUANTIZE, "--device", "cuda:99"), "device: cuda:99, but torch sees"),
         ((*QUANTIZE, "--group-size", "32", "--damping", "-1"), "damping: expected 0 to 1, got -1"),
         ((*QUANTIZE, "--group-size", "32", "--sweeps", "-1"), "sweeps: expected 0 or more, got -1"),
         (("quantize", "{work}/model", "--out", "{work}/text.txt/x"), "that can be written"),
