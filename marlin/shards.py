@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+REPORTS = ("gptq_report.json", "gptq_report.md")  # how `marlin quantize` made it
 BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and GPTQModel's; AutoAWQ's
 SAVING = ".saving-"
 LEFT = (SAVING, ".leaving-", ".previous-")  # folders that a save makes, a key of its own behind
@@ -148,7 +149,7 @@ def abandoned(stage: Path) -> bool:
 def belongs(filename: str) -> bool:
     """Whether a file is part of a checkpoint, even if a new one has none of that name."""
     weights = filename.startswith("model") and filename.endswith(".safetensors")
-    return weights or filename in (INDEX, "generation_config.json", *BESIDE)
+    return weights or filename in (INDEX, "generation_config.json", *REPORTS, *BESIDE)
 
 
 def read_json(path: Path) -> dict:

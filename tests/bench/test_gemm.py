@@ -208,7 +208,8 @@ def test_committed_results_bear_the_name_of_their_run():
     for path in paths:
         python, _, bench, *argv = shlex.split(json.loads(path.read_text())["command"])
         assert (python, bench) == ("python", "bench")
-        assert gemm.result_name(cli.make_parser().parse_args(argv)) == path.stem
+        name = gemm.result_name(cli.make_parser().parse_args(argv))
+        assert machine.slug(name) == path.stem
 
 
 @pytest.mark.parametrize("text", ["4096", "4096x", "0x64", "axb", "1x2x3"])
@@ -217,8 +218,9 @@ def test_bad_shapes_are_named(text):
         cli.shape_list(text)
 
 
-def test_device_names_become_folder_names():
+def test_names_become_names_of_folders_and_files():
     assert machine.slug("NVIDIA H200") == "nvidia-h200"
+    assert machine.slug("gemm-like:132:166912-chosen") == "gemm-like-132-166912-chosen"
     assert machine.slug("Intel(R) Xeon(R) Processor @ 2.0GHz") == "intel-xeon-processor-2-0ghz"
 
 

@@ -307,9 +307,12 @@ def test_a_directory_that_has_something_is_left_alone(tmp_path):
     convert(directory, tmp_path / "target", "gptq")
     with pytest.raises(ValueError, match="not empty"):
         convert(directory, tmp_path / "target", "marlin")
+    for name in ("gptq_report.json", "notes.txt"):
+        (tmp_path / "target" / name).write_text("{}")
     convert(directory, tmp_path / "target", "marlin", overwrite=True, shard_bytes=10_000)
-    assert not (tmp_path / "target" / "quantize_config.json").exists()
-    assert not (tmp_path / "target" / "model.safetensors").exists()
+    for name in ("quantize_config.json", "model.safetensors", "gptq_report.json"):  # of the old
+        assert not (tmp_path / "target" / name).exists()
+    assert (tmp_path / "target" / "notes.txt").exists()  # somebody else's
     check_layers(read_all(tmp_path / "target")[0], weights)
     for target in (directory, directory / "inside", tmp_path, directory / "config.json"):
         with pytest.raises(ValueError, match="target: expected a directory"):
