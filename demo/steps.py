@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq import export
+from gptq.report import FILE as REPORT
 from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, make_plan
 from marlin.checkpoint import FORMAT_VERSION
 
@@ -62,7 +63,7 @@ def quantize(settings: Settings, method: str) -> tuple[dict, bool]:
     def make() -> dict:
         run("gptq", "quantize", settings.model, "--out", folder, *arguments,
             "--device", settings.device)  # fmt: skip
-        report = json.loads((folder / export.REPORT).read_text())
+        report = json.loads((folder / REPORT).read_text())
         report["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         return report
 
