@@ -13,6 +13,7 @@ from faults import always, at_first, out_of_memory_when
 from models import DECODER, build, save, save_gguf, tokenizer
 from transformers import AutoTokenizer
 
+from demo import steps
 from gptq import cli, evaluate, resume
 from marlin.checkpoint import load_pretrained
 from marlin.layer import MarlinLinear
@@ -334,3 +335,12 @@ def test_status_reaches_the_shell(work):
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[-1].startswith("marlin: error: ")
     assert "Traceback" not in finished.stderr
+
+
+def test_the_step_of_the_demo_that_quantizes(work, tmp_path):
+    """On a model that takes seconds; the second time it knows the result."""
+    settings = steps.Settings(str(work / "model"), tmp_path, "cpu", 32, 4, 64, eval_tokens=0)
+    report, _ = steps.quantize(settings, "rtn")
+    assert report["bytes"] > 0 and len(report["modules"]) == 21
+    again, known = steps.quantize(settings, "rtn")
+    assert known and again == report
