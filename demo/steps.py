@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq import export
-from gptq.report import FILE as REPORT
 from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, make_plan
+from gptq.report import FILE as REPORT
 from marlin.checkpoint import FORMAT_VERSION
 
 from .cache import ROOT, cached, fingerprint
