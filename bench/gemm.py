@@ -1,9 +1,9 @@
 """`gemm`: one layer at a time, every shape and batch size of the anchors, against cuBLAS FP16.
 
 Protocol (DESIGN §5): random data; weights rotate over at least 256 MB; one CUDA graph of about
-600 us; checked against float64 first; 30 ms idle, then the median of 21 replays, fewer where a
-replay takes longer than 2.4 ms. Two passes over all cells: from few rows to many, since those heat
-the GPU, and back.
+600 us, or of a round over the weights, equally long for all that are compared; checked against
+float64 first; 30 ms idle, then the median of 21 replays, fewer where a replay takes longer than
+2.4 ms. Two passes over all cells: from few rows to many, since those heat the GPU, and back.
 """
 
 import sys
@@ -12,7 +12,16 @@ import time
 import torch
 
 from bench import ceilings, compare, sustained
-from bench.cell import AUTO, FP16_LAYOUTS, NET, NET_ROWS, make_path, summarize, time_path
+from bench.cell import (
+    AUTO,
+    FP16_LAYOUTS,
+    NET,
+    NET_ROWS,
+    make_path,
+    shared_graph_us,
+    summarize,
+    time_path,
+)
 from bench.incumbents import Incumbents, incumbents_on
 from bench.machine import describe_run
 from bench.pools import Pools
@@ -32,10 +41,10 @@ QUICK_ROWS = (1, 16, 32, 64, 128, 256)
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 LARGE_ROWS = (1, 2, 4, *ROWS[1:])  # of the large shape, where 2 and 4 differ from 1 most
 PROTOCOL = (
-    f"weights rotate over >= 256 MB, one CUDA graph, {IDLE_SECONDS * 1e3:.0f} ms idle before each "
-    f"timing (the cold power regime), median of {REPLAYS} replays (fewer, {FEWEST_REPLAYS} at "
-    f"least, of graphs longer than {LONG_US / REPLAYS * 1e-3:.1f} ms), two passes, the second in "
-    "reversed order"
+    "weights rotate over >= 256 MB, one CUDA graph, equally long for all that are compared, "
+    f"{IDLE_SECONDS * 1e3:.0f} ms idle before each timing (the cold power regime), median of "
+    f"{REPLAYS} replays (fewer, {FEWEST_REPLAYS} at least, of graphs longer than "
+    f"{LONG_US / REPLAYS * 1e-3:.1f} ms), two passes, the second in reversed order"
 )
 
 Cell = tuple[int, int, int]  # (k, n, m)
@@ -67,12 +76,13 @@ class Measurement:
         names = [*self.configs, *(FP16_LAYOUTS if self.with_fp16 else ())]
         if cell[2] >= NET_ROWS and NET not in names:
             names.append(NET)
+        paths = {name: make_path(name, self.pools, self.rates, *cell) for name in names}
+        graph_us = shared_graph_us(paths.values())
         for name in names if first else reversed(names):
             if (cell, name) in self.failures:
                 continue
             try:
-                path = make_path(name, self.pools, self.rates, *cell)
-                timing = time_path(self.pools, path, *cell, check=first)
+                timing = time_path(self.pools, paths[name], *cell, first, graph_us)
             except (AssertionError, RuntimeError) as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise

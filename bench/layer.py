@@ -15,7 +15,7 @@ import torch
 
 from bench import ceilings
 from bench.blocks import BlockWeights, Chain, Step, block_steps
-from bench.cell import AUTO, FP16_LAYOUTS, make_path, time_path
+from bench.cell import AUTO, FP16_LAYOUTS, make_path, shared_graph_us, time_path
 from bench.gemm import PROTOCOL
 from bench.machine import describe_run
 from bench.pools import Pools, check_dense
@@ -158,23 +158,25 @@ class ModelMeasurement:
                       rotate_bytes=self.weights.rotate_bytes)  # fmt: skip
         for rows, first in ((self.rows, True), (self.rows[::-1], False)):
             for m in rows:
-                for path in (*self.configs, self._layout(m)):
+                names = (*self.configs, self._layout(m))
+                for path in names:
                     if (m, ALONE, path) in self.failures:
                         continue
                     try:
                         us = sum(
-                            count * self._time_alone(pools, path, k, n, m, first)
-                            for (k, n), count in counts.items()
+                            count * self._time_alone(pools, path, names, (*shape, m), first)
+                            for shape, count in counts.items()
                         )
                     except (AssertionError, RuntimeError) as error:
                         self._fail(m, ALONE, path, error)
                         continue
                     self.add(m, ALONE, path, us)
 
-    def _time_alone(self, pools: Pools, name: str, k: int, n: int, m: int, check: bool) -> float:
-        """us of one layer."""
-        path = make_path(name, pools, self.rates, k, n, m)
-        return time_path(pools, path, k, n, m, check).median_us
+    def _time_alone(self, pools: Pools, name: str, names, cell, check: bool) -> float:
+        """us of one layer (k, n, m), by one of the `names` that are compared."""
+        paths = {name: make_path(name, pools, self.rates, *cell) for name in names}
+        graph_us = shared_graph_us(paths.values())
+        return time_path(pools, paths[name], *cell, check, graph_us).median_us
 
     def _fail(self, m: int, variant: str, path: str, error: Exception) -> None:
         if isinstance(error, torch.cuda.OutOfMemoryError):

@@ -15,7 +15,7 @@ from bench.cell import FP16_LAYOUTS, capture_path, make_path
 from bench.compare import LARGE_SHAPE
 from bench.pools import Pools
 from bench.report import number, table, write_result
-from marlin.testing.timing import floor_us, known_rates, read_clock_mhz, time_graph
+from marlin.testing.timing import floor_us, known_rates, launch_count, read_clock_mhz, time_graph
 
 ROWS = (1, 16, 64, 256)
 SECONDS = 30.0  # of each loop
@@ -111,7 +111,8 @@ def run(args, head: dict, name: str) -> int:
 
             def make_graph(path_name, k=k, n=n, m=m):
                 path = make_path(path_name, pools, rates, k, n, m)
-                return capture_path(pools, path, k, n, m, check=True)
+                launches = launch_count(len(path.weights), path.expected_us)
+                return capture_path(pools, path, k, n, m, True, launches), launches
 
             floor = floor_us(rates, m, k, n, args.group_size)
             result["cells"] += measure(names, make_graph, k, n, m, floor, seconds)

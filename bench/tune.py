@@ -20,7 +20,14 @@ from bench.pools import Pools
 from bench.report import RESULTS, number, table, write_result
 from marlin import host
 from marlin.testing.shapes import MODELS
-from marlin.testing.timing import Rates, floor_us, known_rates, packed_bytes, time_graph
+from marlin.testing.timing import (
+    Rates,
+    floor_us,
+    known_rates,
+    launch_count,
+    packed_bytes,
+    time_graph,
+)
 
 # A row of the table holds up to its batch size; the first stands for decoding one token, too.
 ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
@@ -125,12 +132,14 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
 
     def brief(name: str) -> float:
         path = our_path(pools, rates, *cell, name)
-        graph = capture_path(pools, path, *cell, check=False, launches=launches)
-        return time_graph(*graph, replays=2, idle_seconds=0.001, clock=False).median_us
+        graph = capture_path(pools, path, *cell, False, launches)
+        return time_graph(graph, launches, 2, idle_seconds=0.001, clock=False).median_us
 
     def careful(name: str, replays: int = 15, check: bool = True) -> float:
         path = our_path(pools, rates, *cell, name)
-        return time_graph(*capture_path(pools, path, *cell, check), replays, 0.02).median_us
+        launches = launch_count(len(path.weights), path.expected_us)
+        graph = capture_path(pools, path, *cell, check, launches)
+        return time_graph(graph, launches, replays, 0.02).median_us
 
     if m >= LONG_ROWS:
         shapes = host.kernel_shapes()

@@ -34,7 +34,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(
         cell, "time_graph", lambda graph, launches, replays: Timing([next(passes)], 1700)
     )
-    monkeypatch.setattr(cell, "launch_count", lambda buffers, us: 2 * buffers)
+    monkeypatch.setattr(cell, "launch_count", lambda buffers, *us: 2 * buffers)
 
 
 CELLS = [(128, 256, 1), (128, 256, 3), (256, 64, 1), (256, 64, 3)]
@@ -153,6 +153,24 @@ def test_every_row_of_the_table_is_summed():
 @pytest.mark.parametrize(("graph_us", "replays"), [(600, 21), (2400, 21), (5000, 10), (40_000, 7)])
 def test_long_graphs_are_replayed_less_often(graph_us, replays):
     assert replay_count(graph_us) == replays
+
+
+def test_graphs_that_are_compared_are_equally_long(monkeypatch):
+    """However many weights each rotates over: 30 of ours, 8 of the baseline's."""
+    launches = {}
+
+    def capture_path(pools, path, k, n, m, check, count):
+        launches[path] = count
+
+    monkeypatch.setattr(cell, "capture_path", capture_path)
+    monkeypatch.setattr(cell, "time_graph", lambda graph, count, replays: replays)
+    ours, theirs = (cell.Path((None,) * count, print, print, 300.0) for count in (30, 8))
+    graph_us = cell.shared_graph_us([ours, theirs])
+    replays = {cell.time_path(None, p, 1, 1, 1, False, graph_us) for p in (ours, theirs)}
+    assert launches == {ours: 30, theirs: 32} and replays == {7}
+    short = cell.Path((None,) * 3, print, print, 2.0)
+    cell.time_path(None, short, 1, 1, 1, False, cell.shared_graph_us([short]))
+    assert launches[short] == 300
 
 
 def record_of(k, n, m, us=10.0, fp16_us=30.0):

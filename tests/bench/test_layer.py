@@ -34,7 +34,7 @@ def on_cpu(monkeypatch):
     for module in (cell, layer):
         monkeypatch.setattr(module, "capture", capture)
         monkeypatch.setattr(module, "time_graph", lambda graph, launches, replays: Timing([1.0]))
-        monkeypatch.setattr(module, "launch_count", lambda buffers, us: 2 * buffers)
+        monkeypatch.setattr(module, "launch_count", lambda buffers, *us: 2 * buffers)
 
 
 def test_steps_follow_a_real_block():
