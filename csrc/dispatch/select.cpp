@@ -20,11 +20,11 @@ constexpr int64_t kDenseTileStrips = 256 / kTileColumns;  // of cuBLAS, at its w
 constexpr int kRasterRows = 1024;
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 
-// The sm_80 engine, up to 32 rows, and up to 512 for small weights: a row holds for batches and weights
-// up to these sizes that no row above it holds for. Of its shapes the first that fits is taken, the
-// second where a block has 99 KB of shared memory, not 163, or scales must multiply sums. What follows a
-// row is why it is there: us on an H200, which stands in for cards of 8.x (bench/LOG.md), group 128,
-// FP16, 2026-11-21.
+// The sm_80 engine, up to 32 rows, and up to 512 for small weights: a row holds for batches and weights up to these
+// sizes that no row above it holds for. Of its shapes the first that fits is taken, the second where a
+// block has 99 KB of shared memory, not 163, or scales must multiply sums. What follows a row is why it
+// is there: us on an H200, which stands in for cards of 8.x (bench/LOG.md), group 128, FP16,
+// 2026-11-21.
 struct Row {
   int64_t rows;     // m
   int64_t weights;  // k · n
@@ -50,9 +50,10 @@ constexpr std::array kTable{
     Row{512, 8 * kMi, {"64x128x64x4", "64x128x64x2"}},   // 4096x1024: 22.2; 64x256x128x2 22.9
 };
 
-// Beyond the table: tiles of 128 rows where they fill the GPU and few of their rows are empty
-// (8192x8192, m = 4096: 1412; 64x256x128x2 1450), elsewhere the shape whose rows, also the empty ones
-// of the last tile, cost least.
+// Beyond the table: tiles of 128 rows from 1024 on, where they fill the GPU and few of their rows are
+// empty (8192x8192, m = 4096: 1412; 64x256x128x2 1450; but m = 512 177, 176), elsewhere the shape whose
+// rows, also the empty ones of the last tile, cost least.
+constexpr int64_t kManyRows = 1024;
 constexpr std::array<std::string_view, 2> kFullShapes{"128x256x128x1", "128x256x64x1"};
 
 struct TallShape {
@@ -117,7 +118,7 @@ std::string_view select_shape(const Problem& problem, const Device& device) {
   const int64_t tall_tiles = ceil_div(problem.m, 128);
   const bool fills = tall_tiles * ceil_div(problem.n, 256) * 100 >= int64_t{device.sm_count} * 84;
   const bool few_empty_rows = tall_tiles * 128 * 100 <= problem.m * 115;
-  if (fills && few_empty_rows)
+  if (problem.m >= kManyRows && fills && few_empty_rows)
     for (std::string_view name : kFullShapes)
       if (selectable(name, problem, device)) return name;
   return cheapest_that_fits(problem, device);

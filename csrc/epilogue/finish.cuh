@@ -23,7 +23,7 @@ template <CtaShape kShape>
 using StageRows = RowTile<rows_in_a_stage<kShape>(), kShape.columns()>;
 
 template <CtaShape kShape>
-using SliceHandover = Handover<kShape.rows, kShape.columns()>;
+using SliceHandover = Handover<kShape.rows, kShape.columns(), 1, kShape.threads()>;
 
 template <typename Half, bool kPerColumn, CtaShape kShape, int kBatches>
 __device__ void finish_slice(const Sums<kBatches>& sums, const Role<kShape>& role,

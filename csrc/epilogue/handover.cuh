@@ -18,8 +18,8 @@ __device__ inline int run_of_block(const Partition& partition, int ctas = 1) {
   return partition.runs - 1 - static_cast<int>(blockIdx.x) / ctas;
 }
 
-// kTeams of threads may finish their own columns of a slice each by itself.
-template <int kRows, int kColumns, int kTeams = 1>
+// kTeams of kTeamThreads may finish their own columns of a slice each by itself.
+template <int kRows, int kColumns, int kTeams = 1, int kTeamThreads = 128>
 class Handover {
  public:
   __device__ Handover(const Workspace& workspace, const Sharing& sharing, int run, int team = 0)
@@ -64,7 +64,6 @@ class Handover {
   static constexpr int64_t kElements = kRows * kColumns;
 
   __device__ float4* raw_place(int other, int index, int thread) const {
-    constexpr int kTeamThreads = 128;
     return reinterpret_cast<float4*>(run_partials_ + other * kElements) +
            (team_ * kElements / kTeams / 4 + index * kTeamThreads + thread);
   }

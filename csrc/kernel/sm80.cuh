@@ -2,6 +2,7 @@
 //
 //   global --WeightCopy, ActivationCopy, ScaleCopy--> Stage (shared) --fragments--> Sums (registers)
 //   Sums --finish_slice--> rows in shared memory --Handover--> the slice's owner --> Y
+//   Sums of tall warps --finish_tall_slice, Handover--> the slice's owner --> rows --> Y
 //
 // Each depth group of warps owns a ring of stages and takes every depth_groups-th tile of the CTA's
 // run. Copies run `stages - 1` tiles ahead, on into the next segment of the run.
@@ -10,6 +11,7 @@
 #include "core/config.h"
 #include "core/partition.h"
 #include "epilogue/finish.cuh"
+#include "epilogue/finish_tall.cuh"
 #include "pipeline/activations.cuh"
 #include "pipeline/scales.cuh"
 #include "pipeline/stage.cuh"
@@ -154,8 +156,13 @@ __global__ void __launch_bounds__(kSm80Shapes[kIndex].shape.threads(), 1)
     const Slice slice(params.raster, segment->slice, kShape.rows, kShape.column_warps);
     const Sharing sharing = params.partition.sharing(run, segment->slice);
     const SliceHandover<kShape> handover(params.workspace, sharing, run);
-    finish_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
-                                     {slice.first_row, slice.strip * kTileColumns}, handover);
+    const SliceOrigin origin{slice.first_row, slice.strip * kTileColumns};
+    if constexpr (kShape.adds_in_registers())
+      finish_tall_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
+                                            origin, handover);
+    else
+      finish_slice<Half, kGroups == 0>(multiplier.sums, role, shared, free_slot, params.gemm,
+                                       origin, handover);
   }
 }
 
