@@ -101,6 +101,9 @@ struct Sm90Shape {
   constexpr int team_threads() const { return wgmma ? 128 : 128 * consumers(); }
   // Scales multiply sums, in FP32, or with wgmma, which has no time for that, weights, in 16 bits.
   constexpr bool scales_sums() const { return !wgmma; }
+  // Whether two CTAs that share a slice can add its sums over distributed shared memory. (With wgmma
+  // each finishes half of the rows, which are stored sixteen at a time.)
+  constexpr bool can_pair() const { return twins == 1 && (!wgmma || rows % 32 == 0); }
   constexpr bool operator==(const Sm90Shape&) const = default;
 };
 

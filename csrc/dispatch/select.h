@@ -59,7 +59,7 @@ Raster raster_of(const Problem& problem, const KernelConfig& config);
 
 // Whether two runs share every slice, and their CTAs can add their sums without global memory.
 constexpr bool in_pairs(const KernelConfig& config, const Partition& partition) {
-  return config.engine == Engine::kSm90 && ctas_of_run(config) == 1 &&
+  return config.engine == Engine::kSm90 && kSm90Shapes[config.shape].shape.can_pair() &&
          partition.runs == 2 * partition.slices;
 }
 

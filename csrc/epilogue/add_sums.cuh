@@ -54,31 +54,52 @@ __device__ bool add_others(Sums<kBatches, kCount>& sums, const SumsPlace& place,
   return true;
 }
 
-// Of the other CTA of a pair, over its ring, which is not needed any more.
+// The first or the last half of a thread's rows.
+template <int kBatches, int kCount>
+__device__ Sums<kBatches / 2, kCount> half_of(const Sums<kBatches, kCount>& sums, bool first) {
+  constexpr int kHalf = kBatches / 2;
+  Sums<kHalf, kCount> half;
+#pragma unroll
+  for (int block = 0; block < kCount; ++block)
+#pragma unroll
+    for (int batch = 0; batch < kHalf; ++batch)
+      half.values[block][batch] =
+          first ? sums.values[block][batch] : sums.values[block][batch + kHalf];
+  return half;
+}
+
+// Of the other CTA of a pair: each goes on with half of the rows, the owner with the first. What the
+// other one needs lies in the ring meanwhile, which is not needed any more.
 template <Sm90Shape kShape, int kBatches, int kCount>
-__device__ bool add_partner(Sums<kBatches, kCount>& sums, const SumsPlace& place, int64_t rows_left,
-                            Sm90Shared<kShape>& shared, bool owner) {
-  using Fours = Bundles<kBatches, kCount>;
+__device__ Sums<kBatches / 2, kCount> add_partner(const Sums<kBatches, kCount>& sums,
+                                                  const SumsPlace& place, int64_t rows_left,
+                                                  Sm90Shared<kShape>& shared, bool owner) {
+  using Fours = Bundles<kBatches / 2, kCount>;
   constexpr int kTeamFours = Fours::kFours * 128;
   static_assert(kShape.teams() * kTeamFours * sizeof(float4) <= sizeof(shared.activations));
   auto* fours =
       reinterpret_cast<float4*>(shared.activations) + place.team * kTeamFours + place.thread;
-  ptx::Mbarrier* heard = &shared.partner[place.team];
   const uint32_t partner = ptx::cluster_rank() ^ 1;
-  if (owner) {
-    ptx::mbarrier_wait_remote(heard, 0);  // theirs are laid out
-    const float4* theirs = ptx::in_cluster(fours, partner);
-    Fours::add(sums, rows_left, [&](int i) { return theirs[i * 128]; });
-    team_barrier<kShape>(place.team);
-    if (place.thread == 0) ptx::mbarrier_arrive_remote(heard, partner);
-    return true;
-  }
+  const int64_t last_rows_left = rows_left - kShape.rows / 2;
   if constexpr (kShape.sets == 1) consumers_barrier<kShape>();  // all teams are done with the ring
-  Fours::give(sums, rows_left, [&](int i, float4 four) { fours[i * 128] = four; });
+  Sums<kBatches / 2, kCount> given = half_of(sums, !owner);
+  Fours::give(given, owner ? last_rows_left : rows_left,
+              [&](int i, float4 four) { fours[i * 128] = four; });
   team_barrier<kShape>(place.team);
-  if (place.thread == 0) ptx::mbarrier_arrive_remote(heard, partner);
-  ptx::mbarrier_wait_remote(heard, 0);  // and were read
-  return false;
+  if (place.thread == 0) ptx::mbarrier_arrive_remote(&shared.partner[place.team], partner);
+  Sums<kBatches / 2, kCount> kept = half_of(sums, owner);
+  ptx::mbarrier_wait_remote(&shared.partner[place.team], 0);
+  const float4* theirs = ptx::in_cluster(fours, partner);
+  Fours::add(kept, owner ? rows_left : last_rows_left, [&](int i) { return theirs[i * 128]; });
+  team_barrier<kShape>(place.team);
+  if (place.thread == 0) ptx::mbarrier_signal_remote(&shared.partner_read[place.team], partner);
+  return kept;
+}
+
+// Before the CTA goes: its partner has read what was laid out for it.
+template <Sm90Shape kShape>
+__device__ void await_partner(Sm90Shared<kShape>& shared, const SumsPlace& place) {
+  ptx::mbarrier_wait(&shared.partner_read[place.team], 0);
 }
 
 }  // namespace marlin

@@ -50,9 +50,9 @@ __device__ void store_halves(const Sums<kBatches, kCount>& sums, HalfRows<kShape
                              const GemmParams& params, const SliceOrigin& origin, int thread,
                              int column, const Barrier& barrier) {
   using Rows = HalfRows<kShape>;
-  constexpr int kBatchesAtOnce = Rows::kRows / 8;
+  constexpr int kBatchesAtOnce = kBatches % 4 == 0 && Rows::kRows == 32 ? 4 : 2;
   constexpr int kRowChunks = Rows::kColumns / 8;
-  static_assert(kBatches % kBatchesAtOnce == 0 && kBatchesAtOnce % 2 == 0);
+  static_assert(kBatches % kBatchesAtOnce == 0 && 8 * kBatchesAtOnce <= Rows::kRows);
   const int lane = thread % 32;
   const ColumnFactors<kPerColumn, kCount> factors(params, origin.column + column);
   const int block_column = column - lane / 4;  // of the warp
@@ -78,7 +78,7 @@ __device__ void store_halves(const Sums<kBatches, kCount>& sums, HalfRows<kShape
       }
     barrier();
 #pragma unroll
-    for (int chunk = thread; chunk < Rows::kRows * kRowChunks; chunk += 128) {
+    for (int chunk = thread; chunk < 8 * kBatchesAtOnce * kRowChunks; chunk += 128) {
       const int row = chunk / kRowChunks, place = chunk % kRowChunks * 8;
       const int64_t y_row = origin.row + 8 * first + row, y_column = origin.column + place;
       if (y_row < params.m && y_column < params.n)

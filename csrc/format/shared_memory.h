@@ -74,8 +74,9 @@ struct Sm90Shared {
   uint64_t full[kShape.stages];  // mbarriers
   uint64_t empty[kShape.stages];
   uint64_t scales_full[kShape.stages];
-  uint64_t partner[kShape.teams()];      // what the other CTA of a pair has to say
-  ScaleForm scale_forms[kShape.stages];  // of scales that multiply weights
+  uint64_t partner[kShape.teams()];       // the other CTA of a pair: its sums are laid out,
+  uint64_t partner_read[kShape.teams()];  // and it has read those of this one
+  ScaleForm scale_forms[kShape.stages];   // of scales that multiply weights
 };
 
 // Where copies by boxes may go: whole boxes to multiples of 128 bytes, swizzled ones of 1024.

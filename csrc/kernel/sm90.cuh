@@ -245,13 +245,21 @@ __device__ void finish_slice(Sums<kBatches, kCount>& sums, const SumsPlace& plac
   if constexpr (kShape.wgmma) {
     const int64_t rows_left = gemm.m - origin.row;
     if (!add_sets<kShape>(sums, place, rows_left, shared)) return;
-    const bool mine = params.pairs
-                          ? add_partner<kShape>(sums, place, rows_left, shared, sharing.owner())
-                          : add_others<kShape>(sums, place, rows_left, handover);
-    if (mine)
+    const auto store = [&](const auto& rows, int first_row) {
       store_halves<Half, kPerColumn, kShape>(
-          sums, reinterpret_cast<HalfRows<kShape>*>(shared.finished)[place.team], gemm, origin,
-          place.thread, place.column, [&] { team_barrier<kShape>(place.team); });
+          rows, reinterpret_cast<HalfRows<kShape>*>(shared.finished)[place.team], gemm,
+          {origin.row + first_row, origin.column}, place.thread, place.column,
+          [&] { team_barrier<kShape>(place.team); });
+    };
+    if constexpr (kShape.can_pair()) {
+      if (params.pairs) {
+        const bool owner = sharing.owner();
+        store(add_partner<kShape>(sums, place, rows_left, shared, owner),
+              owner ? 0 : kShape.rows / 2);
+        return await_partner<kShape>(shared, place);
+      }
+    }
+    if (add_others<kShape>(sums, place, rows_left, handover)) store(sums, 0);
   } else if (params.pairs) {
     const PairHandover<kShape> pair(shared, gemm, origin, sharing.owner());
     finish_rows<Half, kPerColumn, kShape>(sums, place, shared, gemm, origin, pair);

@@ -82,6 +82,27 @@ def test_any_number_of_runs(config, group_size):
             assert torch.equal(ops.matmul(a, weight.b, weight.s, config=name), y), name
 
 
+@pytest.mark.parametrize(
+    "config", [n for n, s in host.kernel_shapes().items() if s["engine"] == "sm90"]
+)
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_two_for_every_slice(config, group_size):
+    """Pairs of CTAs add over distributed shared memory, and may finish half of the rows each: where
+    the second half has none, some, or all; with as many columns as fill no strip."""
+    k, n = 1024, 320
+    rows = host.kernel_shapes()[config]["rows"]
+    weight = random_weight(k, n, group_size, device="cuda")
+    values, bias = weight.values(), torch.randn(n, device="cuda")
+    for m in (1, rows // 2, rows // 2 + 1, rows - 1, rows, rows + rows // 2 + 3):
+        slices, _ = tile_count(config, m, n, k)
+        a = random_rows(m, k, device="cuda", seed=m)
+        y = guarded_multiply(a, weight, bias, f"{config}@{2 * slices}")
+        check_product(y, a, values, bias)
+        for _ in range(5):
+            again = guarded_multiply(a, weight, bias, f"{config}@{2 * slices}")
+            assert torch.equal(again, y), m
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_any_scale(config):
     """Zero, negative, huge and tiny scales; NaN and Inf stay in their columns."""
