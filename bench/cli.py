@@ -128,6 +128,9 @@ def add_quality(commands) -> None:
     parser.add_argument("--models", type=names, metavar="MODEL,…",
                         help="directories, hub ids or .gguf files (default: SmolLM2-135M-Instruct "
                         "and all-MiniLM-L6-v2 if their packages are installed)")  # fmt: skip
+    parser.add_argument(
+        "--only", metavar="NAME;…", help="of the rows these alone, like 'RTN;published;default'"
+    )
     parser.add_argument("--budget", type=float, metavar="SECONDS",
                         help="start no row after so long; the most telling come first")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N",

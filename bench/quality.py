@@ -88,6 +88,18 @@ def line(record: dict) -> str:
     return " | ".join(parts) + f" | {record['seconds']}"
 
 
+def wanted(rows: list[Row], only: str | None) -> list[Row]:
+    """Those whose names are among ``only``, separated by semicolons. Raises ValueError for a name
+    that none has."""
+    if only is None:
+        return rows
+    names = [name.strip() for name in only.split(";")]
+    for name in names:
+        if name not in {row.name for row in rows}:
+            raise ValueError(f"--only: expected names of rows, got {name!r}")
+    return [row for row in rows if row.name in names]
+
+
 HEADER = ["group", "tokens", "seed", "loss/RTN", "worse"]
 
 
@@ -140,7 +152,8 @@ def run(args) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started, deadline = time.monotonic(), time.monotonic() + (args.budget or float("inf"))
     result = {"bench": "quality", "schema": 1, **describe_run(device), "jobs": args.jobs}
-    name = "quality" + ("-quick" if args.quick else "") + ("-chosen" if args.models else "")
+    partial = args.models or args.only
+    name = "quality" + ("-quick" if args.quick else "") + ("-chosen" if partial else "")
 
     def write() -> Path:
         result["rows"] = [record for book in books for record in book.records]
@@ -152,9 +165,14 @@ def run(args) -> int:
         opened = [pool.submit(describe, model, device, args.quick) for model in models]
         books = [Book(description.result()) for description in opened]
         result["judged"] = {book.model.name: book.model.judged for book in books}
+        try:
+            chosen = [wanted(book.model.rows, args.only) for book in books]
+        except ValueError as error:
+            print(f"bench quality: {error}", file=sys.stderr)
+            return 2
         todo = [
-            [(book, (model, device, args.quick), row) for row in book.model.rows]
-            for book, model in zip(books, models, strict=True)
+            [(book, (model, device, args.quick), row) for row in rows]
+            for book, model, rows in zip(books, models, chosen, strict=True)
         ]
         steps = [s for s in itertools.chain(*itertools.zip_longest(*todo)) if s]  # models in turn
         first = {book.model.name: next(r for r in book.model.rows if r.name == "default")

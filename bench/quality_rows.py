@@ -36,6 +36,9 @@ INSTEAD = {
     "one sweep": {"sweeps": 1},
     "default, BF16 products": {"products": "bfloat16"},
 }
+# And what is no switch of the solver, but a choice all the same.
+GLUED = "default, documents glued together"
+ROUNDED_LAST = "default, scales rounded last"
 TOKENS = 24_576
 GROWTH = (12_288, 49_152, None)  # None: all there are
 SEEDS = (0, 1, 2)
@@ -51,6 +54,8 @@ class Row:
     options: tuple = ()  # (name, value) pairs for solver.rtn or walk.quantize_gptq
     seed: int = 0
     tokens: int | None = TOKENS  # of calibration, for GPTQ (an encoder counts sentences instead)
+    glued: bool = False  # calibration text in windows of one length, across documents
+    rounded_last: bool = False  # the loop has scales in FP32, only the checkpoint in FP16
 
     def settings(self) -> tuple:
         """What rows that may be compared with each other have in common."""
@@ -90,6 +95,9 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
     products = {name: {**PUBLISHED, **options} for name, options in PRODUCTS.items()}
     rows += gptq_rows(steps, main, 0, tokens)
     rows += gptq_rows(INSTEAD, main, 0, tokens)
+    for seed in SEEDS:
+        rows.append(Row(GLUED, GPTQ, main, (), seed, tokens, glued=True))
+        rows.append(Row(ROUNDED_LAST, GPTQ, main, (), seed, tokens, rounded_last=True))
     for amount in growth[:1]:
         rows += gptq_rows(short, main, 0, amount)
     for group in others:

@@ -1,5 +1,6 @@
 """What `quality` quantizes: one model, its calibration and its judge, in one process or several."""
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -14,8 +15,8 @@ import torch
 
 from bench.quality_judges import SENTENCES, WINDOW, EncoderJudge, LanguageJudge, Score, encode
 from bench.quality_rows import FULL, GPTQ, GROWTH, RTN, TOKENS, Row, matrix
-from bench.quality_texts import calibration_samples, sentences
-from gptq import export, solver, walk
+from bench.quality_texts import calibration_samples, glued, sentences
+from gptq import export, grid, solver, walk
 from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, Plan, make_plan
 from marlin.layer import dense_weight
 
@@ -78,16 +79,18 @@ class Subject:
         """What to measure, most telling first."""
         return matrix(group_sizes(self.model), self.amount, self.growth, self.quick)
 
-    def calibration(self, seed: int, amount: int | None) -> list[torch.Tensor]:
-        """``amount`` tokens, or sentences for an encoder; None: all there are."""
-        if (seed, amount) not in self.samples:
+    def calibration(self, row: Row) -> list[torch.Tensor]:
+        """So many tokens, or sentences for an encoder; None: all there are."""
+        key = row.seed, row.tokens
+        if key not in self.samples:
             if self.language:
-                found = calibration_samples(self.tokenizer, amount, self.longest, seed)
+                found = calibration_samples(self.tokenizer, row.tokens, self.longest, row.seed)
             else:
-                texts = sentences(held_out=False, count=amount, seed=seed)
+                texts = sentences(held_out=False, count=row.tokens, seed=row.seed)
                 found = encode(self.tokenizer, texts, self.longest)
-            self.samples[seed, amount] = found
-        return self.samples[seed, amount]
+            self.samples[key] = found
+        samples = self.samples[key]
+        return glued(samples, self.longest) if row.glued else samples
 
     def quantize(self, row: Row) -> tuple[torch.nn.Module, list[walk.Result]]:
         """A copy of the model, on the CPU, whose weights are rounded as the row says."""
@@ -97,9 +100,10 @@ class Subject:
         if row.method == RTN:
             self._round(model, plan, options)
             return model, []
-        samples = self.calibration(row.seed, row.tokens)
-        steps = walk.quantize_gptq(model, plan, samples, device=self.device, **options)
-        return model, [result for results in steps for result in results]
+        samples = self.calibration(row)
+        with scales_rounded_last() if row.rounded_last else contextlib.nullcontext():
+            steps = walk.quantize_gptq(model, plan, samples, device=self.device, **options)
+            return model, [result for results in steps for result in results]
 
     @torch.no_grad()
     def _round(self, model: torch.nn.Module, plan: Plan, options: dict) -> None:
@@ -107,6 +111,17 @@ class Subject:
             weight = dense_weight(model.get_submodule(target.name))
             solution = solver.rtn(weight.to(self.device), plan.group_size, **options)
             weight.copy_(solution.dequantize())
+
+
+@contextlib.contextmanager
+def scales_rounded_last():
+    """GPTQ as if scales had no type: what it finds is rounded to FP16, codes stay."""
+    rounding = grid.round_scale
+    grid.round_scale = lambda scale: scale
+    try:
+        yield
+    finally:
+        grid.round_scale = rounding
 
 
 def _model_name(source: str) -> str:
@@ -168,7 +183,7 @@ def measure(model: tuple, row: Row, packed: bool, deadline: float) -> list[Measu
     started = time.perf_counter()
     quantized, results = subject.quantize(row)
     seconds = time.perf_counter() - started
-    samples = subject.calibration(row.seed, row.tokens) if row.method == GPTQ else []
+    samples = subject.calibration(row) if row.method == GPTQ else []
     losses = {r.target.name: (r.loss, r.rtn_loss) for r in results}
     told = {"losses": losses, "samples": len(samples), "tokens": sum(s.numel() for s in samples)}
 

@@ -6,6 +6,7 @@ import re
 import sysconfig
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gptq import calibration
@@ -61,6 +62,11 @@ def leading(pieces: list[Tensor], tokens: int) -> list[Tensor]:
         kept.append(piece[:, :room])
         room -= piece.shape[1]
     return kept
+
+
+def glued(pieces: list[Tensor], seqlen: int) -> list[Tensor]:
+    """The same tokens in the same order, but in samples of ``seqlen``, wherever documents end."""
+    return list(torch.cat(pieces, dim=1).split(seqlen, dim=1))
 
 
 def sentences(held_out: bool, count: int, seed: int) -> list[str]:

@@ -1,5 +1,6 @@
 """The quality bench on a tiny random model: its tables, its arithmetic, its texts."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cli, quality_readme, quality_rows, quality_subject, quality_texts
+from bench import cli, quality, quality_readme, quality_rows, quality_subject, quality_texts
 from bench.quality_judges import LanguageJudge, Score, resampled
-from gptq import calibration, solver
+from gptq import calibration, grid, solver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gptq"))
 import models
@@ -167,3 +168,40 @@ def test_held_out_text_is_held_out():
     assert sum(piece.numel() for piece in tokens) == 1000
     other = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=1)
     assert not torch.equal(tokens[0], other[0])
+
+
+def test_glued_documents_are_the_same_tokens_in_windows_of_one_length():
+    pieces = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=0)
+    windows = quality_texts.glued(pieces, 96)
+    assert torch.equal(torch.cat(windows, dim=1), torch.cat(pieces, dim=1))
+    assert {window.shape[1] for window in windows[:-1]} == {96}
+    assert {piece.shape[1] for piece in pieces[:-1]} != {96}
+
+
+def test_scales_may_be_rounded_last():
+    weight, factor = torch.randn(64, 8), torch.randn(200, 64)
+    found = []
+    for rounds in (contextlib.nullcontext, quality_subject.scales_rounded_last):
+        with rounds():
+            scale = grid.absmax_scale(weight)
+            found.append(solver.gptq(weight, factor.T @ factor, 32))
+        assert torch.equal(scale, scale.half().float()) == (rounds is contextlib.nullcontext)
+    assert all(solution.scales.dtype == torch.float16 for solution in found)
+    assert torch.equal(grid.absmax_scale(weight), grid.absmax_scale(weight).half().float())
+
+
+def test_rows_can_be_chosen(directories, tmp_path, capsys):
+    rows = quality_rows.matrix([64, 32], 24_576, (12_288, None))
+    few = quality.wanted(rows, f"RTN; {quality_rows.GLUED}")
+    assert {row.name for row in few} == {"RTN", quality_rows.GLUED}
+    assert {row.seed for row in few if row.glued} == {0, 1, 2}
+    assert quality.wanted(rows, None) == rows
+    with pytest.raises(ValueError, match="--only: expected names of rows, got 'none'"):
+        quality.wanted(rows, "RTN;none")
+    argv = ["quality", "--quick", "--models", directories[1], "--out", str(tmp_path)]
+    assert cli.main([*argv, "--only", "RTN"]) == 0
+    (path,) = tmp_path.glob("*/quality-quick-chosen.json")
+    names = [row["name"] for row in json.loads(path.read_text())["rows"]]
+    assert names == ["full precision", "RTN"]
+    assert cli.main([*argv, "--only", "none"]) == 2
+    assert "bench quality: --only: expected" in capsys.readouterr().err
