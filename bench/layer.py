@@ -174,7 +174,7 @@ class ModelMeasurement:
 
     def _time_alone(self, pools: Pools, name: str, names, cell, check: bool) -> float:
         """us of one layer (k, n, m), by one of the `names` that are compared."""
-        paths = {name: make_path(name, pools, self.rates, *cell) for name in names}
+        paths = {each: make_path(each, pools, self.rates, *cell) for each in names}
         graph_us = shared_graph_us(paths.values())
         return time_path(pools, paths[name], *cell, check, graph_us).median_us
 

@@ -38,7 +38,9 @@ class Book:
             losses = measured.losses
             shares = [loss / rtn for loss, rtn in losses.values() if rtn]
             self.losses[(row.name, *row.settings())] = losses
+            # Losses on other samples compare with nothing.
             published = self.losses.get(("published", *row.settings()), losses)
+            published = losses if row.glued else published
             record |= {
                 "seed": row.seed,
                 "samples": measured.samples,

@@ -109,8 +109,12 @@ def choose(names: list[str], brief, careful) -> dict[str, float]:
 
 
 def choose_hot(names: list[str], careful) -> dict[str, float]:
-    """The same for long launches: all candidates carefully, once forwards and once backwards."""
-    passes = [{name: careful(name) for name in order} for order in (names, names[::-1])]
+    """The same for long launches: all candidates carefully, once forwards and once backwards.
+    careful(name, check) checks results first in one of both."""
+    passes = [
+        {name: careful(name, check) for name in order}
+        for order, check in ((names, True), (names[::-1], False))
+    ]
     mean = {name: sum(us[name] for us in passes) / len(passes) for name in names}
     ranked = sorted(mean, key=mean.get)
     engine = next(name for name in ranked if not name.startswith(DENSE))
@@ -137,13 +141,12 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
 
     def careful(name: str) -> float:
         path = our_path(pools, rates, *cell, name)
-        launches = launch_count(len(path.weights), path.expected_us)
-        graph = capture_path(pools, path, *cell, True, launches)
-        return time_graph(graph, launches, 15, 0.02).median_us
+        count = launch_count(len(path.weights), path.expected_us)
+        return time_graph(capture_path(pools, path, *cell, True, count), count, 15, 0.02).median_us
 
-    def as_gemm(name: str) -> float:  # which clock a long launch gets depends on what ran before
+    def as_gemm(name: str, check: bool) -> float:  # which clock a long launch gets depends on what ran before
         path = our_path(pools, rates, *cell, name)
-        return time_path(pools, path, *cell, False, shared_graph_us([path])).median_us
+        return time_path(pools, path, *cell, check, shared_graph_us([path])).median_us
 
     if m >= LONG_ROWS:
         shapes = host.kernel_shapes()

@@ -98,6 +98,11 @@ def sweep() -> int:
     long = Problems(2048 + 384, 320, 128, bias=False)
     for name in SHAPES:
         long.check(9, f"{name}@1")
+    # Two CTAs for every slice: of the last rows one has none, or half of them.
+    if PAIRS:
+        for name, shape in SHAPES.items():
+            for m in (shape["rows"], shape["rows"] + 1) if shape["can_pair"] else ():
+                long.check(m, f"{name}@{2 * slices_of(shape, m, 320)}")
     problems = Problems.count
     problems += sweep_columns("cuda")
     torch.cuda.synchronize()

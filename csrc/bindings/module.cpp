@@ -159,7 +159,8 @@ Problem make_problem(int64_t m, int64_t n, int64_t k, int64_t group_size) {
 // The kernel configurations: name -> engine, and what a CTA is.
 py::dict kernel_shapes() {
   py::dict shapes;
-  auto add = [&](const KernelConfig& config, const char* engine, int threads, int stages) {
+  auto add = [&](const KernelConfig& config, const char* engine, int threads, int stages,
+                 bool can_pair) {
     const TileShape tile = tile_shape(config);
     py::dict entry;
     entry["engine"] = engine;
@@ -171,13 +172,16 @@ py::dict kernel_shapes() {
     entry["twins"] = ctas_of_run(config);  // CTAs of a run
     entry["shared_bytes"] = shared_bytes(config);
     entry["scales_sums"] = scales_sums(config);  // or weights
+    entry["can_pair"] = can_pair;  // two CTAs of a slice, over distributed shared memory
     shapes[py::str(std::string(shape_name(config)))] = entry;
   };
   for (size_t i = 0; i < kSm80Shapes.size(); ++i)
     add({Engine::kSm80, i}, "sm80", kSm80Shapes[i].shape.threads(),
-        kSm80Shapes[i].shape.stages * kSm80Shapes[i].shape.depth_groups);
-  for (size_t i = 0; i < kSm90Shapes.size(); ++i)
-    add({Engine::kSm90, i}, "sm90", kSm90Shapes[i].shape.threads(), kSm90Shapes[i].shape.stages);
+        kSm80Shapes[i].shape.stages * kSm80Shapes[i].shape.depth_groups, false);
+  for (size_t i = 0; i < kSm90Shapes.size(); ++i) {
+    const Sm90Shape& shape = kSm90Shapes[i].shape;
+    add({Engine::kSm90, i}, "sm90", shape.threads(), shape.stages, shape.can_pair());
+  }
   return shapes;
 }
 

@@ -30,8 +30,9 @@ struct CtaShape {
   constexpr int rows_per_warp() const { return rows / row_warps; }
   // Scales multiply sums, in FP32, or where a warp has too many of those, weights, in 16 bits.
   constexpr bool scales_sums() const { return rows_per_warp() <= 32; }
-  // How sums of depth groups and of CTAs come together: in registers (epilogue/finish_tall.cuh), or
-  // in shared memory, as those of one depth group do, which is 2 % faster (16384x16896, m = 512).
+  // How sums of depth groups and of CTAs come together: in registers, which is for two groups that swap
+  // halves (epilogue/finish_tall.cuh), or in shared memory, as those of one group do, which is 2 % faster
+  // there (16384x16896, m = 512).
   constexpr bool adds_in_registers() const { return rows_per_warp() > 32 && depth_groups == 2; }
   constexpr bool operator==(const CtaShape&) const = default;
 };
@@ -102,7 +103,7 @@ struct Sm90Shape {
   // Scales multiply sums, in FP32, or with wgmma, which has no time for that, weights, in 16 bits.
   constexpr bool scales_sums() const { return !wgmma; }
   // Whether two CTAs that share a slice can add its sums over distributed shared memory. (With wgmma
-  // each finishes half of the rows, which are stored sixteen at a time.)
+  // each finishes half of the rows, and they are stored sixteen at a time.)
   constexpr bool can_pair() const { return twins == 1 && (!wgmma || rows % 32 == 0); }
   constexpr bool operator==(const Sm90Shape&) const = default;
 };

@@ -27,7 +27,7 @@ struct GemmParams {
 
 // What CTAs use to add the sums of a slice they share.
 struct Workspace {
-  void* partials;      // [run][piece][thread of a depth group], 16 bytes each
+  void* partials;      // [run], a slice of FP32 sums each: as epilogue/handover.cuh lays them out
   uint32_t* counters;  // [run][team], zero between launches
 };
 

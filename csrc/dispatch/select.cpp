@@ -20,11 +20,11 @@ constexpr int64_t kDenseTileStrips = 256 / kTileColumns;  // of cuBLAS, at its w
 constexpr int kRasterRows = 1024;
 constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 
-// The sm_80 engine, up to 32 rows, and up to 512 for small weights: a row holds for batches and weights up to these
-// sizes that no row above it holds for. Of its shapes the first that fits is taken, the second where a
-// block has 99 KB of shared memory, not 163, or scales must multiply sums. What follows a row is why it
-// is there: us on an H200, which stands in for cards of 8.x (bench/LOG.md), group 128, FP16,
-// 2026-11-21.
+// The sm_80 engine, up to 32 rows, and up to 512 for small weights: a row holds for batches and weights
+// up to these sizes that no row above it holds for. Of its shapes the first that fits is taken, the
+// second where a block has 99 KB of shared memory, not 163, or scales must multiply sums. What follows a
+// row is why it is there: us on an H200, which stands in for cards of 8.x (bench/LOG.md), group 128,
+// FP16, 2026-11-21.
 struct Row {
   int64_t rows;     // m
   int64_t weights;  // k · n

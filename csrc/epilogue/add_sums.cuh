@@ -68,8 +68,9 @@ __device__ Sums<kBatches / 2, kCount> half_of(const Sums<kBatches, kCount>& sums
   return half;
 }
 
-// Of the other CTA of a pair: each goes on with half of the rows, the owner with the first. What the
-// other one needs lies in the ring meanwhile, which is not needed any more.
+// Of the other CTA of a pair: each goes on with half of the rows, the owner with the first, and writes its
+// sums of the others into the other's ring, which is not needed any more; a barrier there counts the bytes.
+// Neither reads the other's memory, so each may leave when it has what it needs.
 template <Sm90Shape kShape, int kBatches, int kCount>
 __device__ Sums<kBatches / 2, kCount> add_partner(const Sums<kBatches, kCount>& sums,
                                                   const SumsPlace& place, int64_t rows_left,
@@ -79,27 +80,26 @@ __device__ Sums<kBatches / 2, kCount> add_partner(const Sums<kBatches, kCount>& 
   static_assert(kShape.teams() * kTeamFours * sizeof(float4) <= sizeof(shared.activations));
   auto* fours =
       reinterpret_cast<float4*>(shared.activations) + place.team * kTeamFours + place.thread;
+  ptx::Mbarrier* free = &shared.partner_free[place.team];
+  ptx::Mbarrier* arrived = &shared.partner_sums[place.team];
   const uint32_t partner = ptx::cluster_rank() ^ 1;
   const int64_t last_rows_left = rows_left - kShape.rows / 2;
+  const int64_t mine_left = owner ? rows_left : last_rows_left;
   if constexpr (kShape.sets == 1) consumers_barrier<kShape>();  // all teams are done with the ring
+  if (place.thread == 0) {
+    ptx::mbarrier_arrive_expect(arrived,
+                                Fours::count(mine_left) * 128 * static_cast<int>(sizeof(float4)));
+    ptx::mbarrier_signal_remote(free, partner);
+  }
   Sums<kBatches / 2, kCount> given = half_of(sums, !owner);
-  Fours::give(given, owner ? last_rows_left : rows_left,
-              [&](int i, float4 four) { fours[i * 128] = four; });
-  team_barrier<kShape>(place.team);
-  if (place.thread == 0) ptx::mbarrier_arrive_remote(&shared.partner[place.team], partner);
+  ptx::mbarrier_wait(free, 0);
+  Fours::give(given, owner ? last_rows_left : rows_left, [&](int i, float4 four) {
+    ptx::store_remote(&fours[i * 128], arrived, partner, four);
+  });
   Sums<kBatches / 2, kCount> kept = half_of(sums, owner);
-  ptx::mbarrier_wait_remote(&shared.partner[place.team], 0);
-  const float4* theirs = ptx::in_cluster(fours, partner);
-  Fours::add(kept, owner ? rows_left : last_rows_left, [&](int i) { return theirs[i * 128]; });
-  team_barrier<kShape>(place.team);
-  if (place.thread == 0) ptx::mbarrier_signal_remote(&shared.partner_read[place.team], partner);
+  ptx::mbarrier_wait_remote(arrived, 0);
+  Fours::add(kept, mine_left, [&](int i) { return fours[i * 128]; });
   return kept;
-}
-
-// Before the CTA goes: its partner has read what was laid out for it.
-template <Sm90Shape kShape>
-__device__ void await_partner(Sm90Shared<kShape>& shared, const SumsPlace& place) {
-  ptx::mbarrier_wait(&shared.partner_read[place.team], 0);
 }
 
 }  // namespace marlin

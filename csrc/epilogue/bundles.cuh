@@ -22,6 +22,15 @@ struct Bundles {
     return 8 * (first / kCount) < rows_left;
   }
 
+  // How many fours are given, or added.
+  static __device__ int count(int64_t rows_left) {
+    int count = 0;
+#pragma unroll
+    for (int first = 0; first < kFours; first += kLength)
+      if (exists(first, rows_left)) count += kLength;
+    return count;
+  }
+
   // sums += load(i) for every i.
   template <typename Load>
   static __device__ void add(Sums<kBatches, kCount>& sums, int64_t rows_left, const Load& load) {

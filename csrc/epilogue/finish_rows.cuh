@@ -27,7 +27,7 @@ class PairHandover {
   __device__ PairHandover(Sm90Shared<kShape>& shared, const GemmParams& params,
                           const SliceOrigin& origin, bool owner)
       : theirs_(rows_of_slice(shared)[Sm90Shared<kShape>::kCopies]),
-        barrier_(&shared.partner[0]),
+        barrier_(&shared.partner_sums[0]),
         owner_(owner) {
     if (!owner || threadIdx.x != 0) return;
     const int64_t rows = params.m - origin.row, columns = params.n - origin.column;

@@ -74,8 +74,8 @@ struct Sm90Shared {
   uint64_t full[kShape.stages];  // mbarriers
   uint64_t empty[kShape.stages];
   uint64_t scales_full[kShape.stages];
-  uint64_t partner[kShape.teams()];       // the other CTA of a pair: its sums are laid out,
-  uint64_t partner_read[kShape.teams()];  // and it has read those of this one
+  uint64_t partner_free[kShape.teams()];  // the other CTA of a pair needs its ring no more,
+  uint64_t partner_sums[kShape.teams()];  // and what it had for this one has arrived
   ScaleForm scale_forms[kShape.stages];   // of scales that multiply weights
 };
 

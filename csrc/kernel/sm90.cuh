@@ -2,7 +2,7 @@
 //
 //   global --feed (copy engine)--> Sm90Shared's ring --mma.sync or wgmma--> Sums (registers)
 //   Sums (mma.sync) --finish_rows--> rows in shared memory --Handover--> the slice's owner --> Y
-//   Sums (wgmma) --add_sums--> those of the slice's owner --store_halves--> Y
+//   Sums (wgmma) --add_sums--> those of the slice's owner, or half of them --store_halves--> Y
 #pragma once
 
 #include "core/config.h"
@@ -254,9 +254,8 @@ __device__ void finish_slice(Sums<kBatches, kCount>& sums, const SumsPlace& plac
     if constexpr (kShape.can_pair()) {
       if (params.pairs) {
         const bool owner = sharing.owner();
-        store(add_partner<kShape>(sums, place, rows_left, shared, owner),
-              owner ? 0 : kShape.rows / 2);
-        return await_partner<kShape>(shared, place);
+        return store(add_partner<kShape>(sums, place, rows_left, shared, owner),
+                     owner ? 0 : kShape.rows / 2);
       }
     }
     if (add_others<kShape>(sums, place, rows_left, handover)) store(sums, 0);

@@ -65,8 +65,8 @@ __device__ void init_ring(Sm90Shared<kShape>& shared, int producers) {
     ptx::mbarrier_init(&shared.scales_full[i], 1);
   }
   for (int i = 0; i < kShape.teams(); ++i) {
-    ptx::mbarrier_init(&shared.partner[i], 1);
-    ptx::mbarrier_init(&shared.partner_read[i], 1);
+    ptx::mbarrier_init(&shared.partner_free[i], 1);
+    ptx::mbarrier_init(&shared.partner_sums[i], 1);
   }
   ptx::mbarrier_init_fence();
 }

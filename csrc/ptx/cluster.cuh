@@ -61,7 +61,8 @@ __device__ inline void mbarrier_arrive_remote(Mbarrier* barrier, uint32_t rank) 
       : "memory");
 }
 
-// The same with nothing to show: it says no more than that this CTA has read what it needed.
+// The same with nothing to show: it says no more than that this CTA has what it wanted to read of its own
+// shared memory.
 __device__ inline void mbarrier_signal_remote(Mbarrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"

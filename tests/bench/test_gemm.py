@@ -164,10 +164,11 @@ def test_graphs_that_are_compared_are_equally_long(monkeypatch):
 
     monkeypatch.setattr(cell, "capture_path", capture_path)
     monkeypatch.setattr(cell, "time_graph", lambda graph, count, replays: replays)
-    ours, theirs = (cell.Path((None,) * count, print, print, 300.0) for count in (30, 8))
-    graph_us = cell.shared_graph_us([ours, theirs])
-    replays = {cell.time_path(None, p, 1, 1, 1, False, graph_us) for p in (ours, theirs)}
-    assert launches == {ours: 30, theirs: 32} and replays == {7}
+    for counts in ((30, 8), (7, 2), (3, 2)):
+        ours, theirs = (cell.Path((None,) * count, print, print, 300.0) for count in counts)
+        graph_us = cell.shared_graph_us([ours, theirs])
+        replays = {cell.time_path(None, p, 1, 1, 1, False, graph_us) for p in (ours, theirs)}
+        assert launches[ours] == launches[theirs] == counts[0] and len(replays) == 1
     short = cell.Path((None,) * 3, print, print, 2.0)
     cell.time_path(None, short, 1, 1, 1, False, cell.shared_graph_us([short]))
     assert launches[short] == 300

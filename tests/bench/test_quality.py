@@ -136,7 +136,11 @@ def test_what_a_row_is_compared_with_comes_before_it():
 def test_every_row_of_the_matrix_quantizes(directories):
     """Each set of options once, in a model that is too small to tell which is better."""
     subject = quality_subject.Subject(directories[1], "cpu", quick=True)
-    rows = {(row.method, row.options): row for row in quality_rows.matrix([32], 8, (4,))}
+    rows = {
+        (row.method, row.options, row.glued, row.rounded_last): row
+        for row in quality_rows.matrix([32], 8, (4,))
+    }
+    assert {row.name for row in rows.values()} > {quality_rows.GLUED, quality_rows.ROUNDED_LAST}
     for row in rows.values():
         model, results = subject.quantize(row)
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -187,6 +191,7 @@ def test_scales_may_be_rounded_last():
             found.append(solver.gptq(weight, factor.T @ factor, 32))
         assert torch.equal(scale, scale.half().float()) == (rounds is contextlib.nullcontext)
     assert all(solution.scales.dtype == torch.float16 for solution in found)
+    assert not torch.equal(found[0].scales, found[1].scales)
     assert torch.equal(grid.absmax_scale(weight), grid.absmax_scale(weight).half().float())
 
 

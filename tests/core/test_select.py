@@ -93,3 +93,12 @@ def test_names_say_the_shape():
         assert name.startswith("h") == (shape["engine"] == "sm90")
         assert said[:3] == tuple(shape[part] for part in ("rows", "columns", "depth"))
         assert shape["threads"] <= 640 and shape["twins"] == (2 if name.startswith("hh") else 1)
+
+
+def test_which_shapes_add_over_distributed_shared_memory():
+    """All of the sm_90 engine but twins, which are a cluster already, and 48 rows, whose half is no
+    multiple of 16. (Whether CTAs pair cannot be told from a result.)"""
+    shapes = host.kernel_shapes()
+    alone = {name for name, shape in shapes.items() if not shape["can_pair"]}
+    sm80 = {name for name, shape in shapes.items() if shape["engine"] == "sm80"}
+    assert alone - sm80 == {"hh256x256x64x4", "h48x256x128x2", "h48x128x128x2"}

@@ -85,8 +85,9 @@ def test_any_number_of_runs(config, group_size):
 @pytest.mark.parametrize(
     "config", [n for n, s in host.kernel_shapes().items() if s["engine"] == "sm90"]
 )
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [-1, 128])
-def test_two_for_every_slice(config, group_size):
+def test_two_for_every_slice(config, dtype, group_size):
     """Pairs of CTAs add over distributed shared memory, and may finish half of the rows each: where
     the second half has none, some, or all; with as many columns as fill no strip."""
     k, n = 1024, 320
@@ -95,7 +96,7 @@ def test_two_for_every_slice(config, group_size):
     values, bias = weight.values(), torch.randn(n, device="cuda")
     for m in (1, rows // 2, rows // 2 + 1, rows - 1, rows, rows + rows // 2 + 3):
         slices, _ = tile_count(config, m, n, k)
-        a = random_rows(m, k, device="cuda", seed=m)
+        a = random_rows(m, k, dtype=dtype, device="cuda", seed=m)
         y = guarded_multiply(a, weight, bias, f"{config}@{2 * slices}")
         check_product(y, a, values, bias)
         for _ in range(5):
