@@ -144,14 +144,15 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
         count = launch_count(len(path.weights), path.expected_us)
         return time_graph(capture_path(pools, path, *cell, True, count), count, 15, 0.02).median_us
 
-    def as_gemm(name: str, check: bool) -> float:  # which clock a long launch gets depends on what ran before
+    # As gemm does: which clock a long launch gets depends on what ran before it.
+    def hot(name: str, check: bool) -> float:
         path = our_path(pools, rates, *cell, name)
         return time_path(pools, path, *cell, check, shared_graph_us([path])).median_us
 
     if m >= LONG_ROWS:
         shapes = host.kernel_shapes()
         likely = [name for name in names if worth_a_long_try(name, shapes)]
-        return choose_hot(likely, as_gemm)
+        return choose_hot(likely, hot)
     return choose(names, brief, careful)
 
 
