@@ -1,13 +1,12 @@
 """`tune`: which configuration of the sm_90 engine is fastest for each shape and batch size.
 
 Every candidate is timed briefly, those near the best again, the last few in the cold regime of
-`gemm` with their results checked. All of it is written as JSON; `--write` makes the selection table
-of csrc/dispatch from the winners. A run over some shapes or batch sizes keeps what the committed
-result has of the others.
+`gemm` with their results checked. All of it is written as JSON; `--write` makes the selection
+tables of csrc/dispatch from it (bench/tune_tables.py). A run over some shapes or batch sizes keeps
+what the committed result has of the others.
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from bench.incumbents import incumbents_on
 from bench.machine import describe_run, slug
 from bench.pools import Pools
 from bench.report import RESULTS, number, table, write_result
+from bench.tune_tables import DENSE, with_earlier, write_tables
 from marlin import host
 from marlin.testing.shapes import MODELS
 from marlin.testing.timing import (
@@ -31,8 +31,7 @@ from marlin.testing.timing import (
 
 # A row of the table holds up to its batch size; the first stands for decoding one token, too.
 ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-DENSE = "dense"  # the net, a candidate from NET_ROWS on
-NET_ROWS = 512
+NET_ROWS = 512  # from which on the net is a candidate
 NET_SLICE_BYTES = 256 << 20  # more it may not take
 NEAR_BEST = 1.2  # of the brief timings, for a second one
 FINALISTS = 3
@@ -156,45 +155,6 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
     return choose(names, brief, careful)
 
 
-def with_earlier(cells: list[dict], earlier: dict) -> list[dict]:
-    """These cells and those of an earlier result that are not among them, in order, each with its
-    commit. Configurations that are gone are left out, and cells that had no other."""
-    exists = {DENSE, *host.kernel_shapes()}
-    found = {}
-    for cell in earlier["cells"]:
-        us = {name: us for name, us in cell["us"].items() if name.split("@")[0] in exists}
-        if any(not name.startswith(DENSE) for name in us):
-            found[_place(cell)] = {"commit": earlier["commit"], **cell, "us": us}
-    found |= {_place(cell): cell for cell in cells}
-    return [found[place] for place in sorted(found)]
-
-
-def _place(cell: dict) -> tuple[int, int, int]:
-    return cell["k"], cell["n"], cell["m"]
-
-
-def table_text(cells: list[dict], head: dict) -> str:
-    """The C++ rows, each with its evidence."""
-    usual = statistics.mode(cell["commit"] for cell in cells)
-    lines = [
-        f"// {head['device']['name']}, commit {usual} where a row",
-        "// names no other: written by `python -m bench tune --write`. k, n, m up to, shape, runs;",
-        "// us, and the next best. Where the net won (dense, slices), the engine's best follows.",
-    ]
-    for cell in cells:
-        ranked = list(cell["us"].items())
-        engine = next(i for i, (name, _) in enumerate(ranked) if not name.startswith(DENSE))
-        for first in sorted({0, engine}):
-            (name, us), *others = ranked[first:]
-            shape, runs = name.split("@")
-            evidence = "; ".join([f"{us:.1f}", *(f"{name} {us:.1f}" for name, us in others)])
-            if cell["commit"] != usual:
-                evidence += f" ({cell['commit']})"
-            row = f'{{{cell["k"]}, {cell["n"]}, {cell["m"]}, "{shape}", {runs}}},'
-            lines.append(f"{row}  // {evidence}")
-    return "\n".join(lines) + "\n"
-
-
 def run(args) -> int:
     """Measures, prints, writes; 1 if nothing could be measured."""
     if args.quick and args.write:
@@ -229,7 +189,5 @@ def run(args) -> int:
     ]))  # fmt: skip
     print(f"\nwritten to {path}")
     if args.write:
-        target = Path(args.write)
-        target.write_text(table_text(kept, head))
-        print(f"and {target}")
+        print("and", *write_tables(kept, head, Path(args.write)))
     return 0 if results else 1

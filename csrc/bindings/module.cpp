@@ -256,6 +256,15 @@ PYBIND11_MODULE(host, m) {
         py::arg("sm_count"), py::arg("shared_bytes"), py::arg("major") = 8,
         py::arg("bf16_scales") = false, py::arg("bf16_rows") = false,
         "Name of the configuration chosen on a GPU with these limits: 'shape@runs'.");
+  m.def(
+      "busiest_run",
+      [](int64_t slices, int depth, int runs) {
+        const BusiestRun run = busiest_run({slices, depth, runs});
+        return std::tuple(run.tiles, run.segments, run.sharers);
+      },
+      py::arg("slices"), py::arg("depth"), py::arg("runs"),
+      "(tiles, segments, sharers of its last slice) of the run of a partition that has most to "
+      "do.");
   m.def("raster", &raster, py::arg("row_tiles"), py::arg("strips"), py::arg("group"),
         "(row tile, strip) of every slice, in order.");
   m.def("partition", &partition, py::arg("slices"), py::arg("depth"), py::arg("runs"),

@@ -107,6 +107,25 @@ struct Partition {
   }
 };
 
+// What the run with most to do has to do: tiles, segments, and how many runs share its last slice.
+struct BusiestRun {
+  int64_t tiles;
+  int64_t segments;
+  int sharers;
+
+  constexpr bool operator==(const BusiestRun&) const = default;
+};
+
+constexpr BusiestRun busiest_run(const Partition& partition) {
+  const int64_t whole = partition.dealt / partition.runs;
+  const int left = static_cast<int>(partition.slices - partition.dealt);
+  const int64_t tiles = whole * partition.depth;
+  if (left == 0) return {tiles, whole, 1};
+  const bool even = partition.line_runs % left == 0;
+  return {tiles + partition.run_tiles + (partition.left > 0 ? 1 : 0), whole + (even ? 1 : 2),
+          (partition.line_runs + left - 1) / left};
+}
+
 // Walks over the segments of a run:  for (SegmentWalk walk(p, run); walk; walk.next()) *walk ...
 class SegmentWalk {
  public:

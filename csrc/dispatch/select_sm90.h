@@ -7,7 +7,8 @@
 
 namespace marlin {
 
-// From measurements (sm90_table.def): those of the shape itself, or of the nearest one.
+// What was measured for this weight (sm90_table.def), or else what should cost least by what all
+// measurements say together (sm90_costs.def).
 KernelConfig select_sm90(const Problem& problem, const Device& device);
 
 }  // namespace marlin

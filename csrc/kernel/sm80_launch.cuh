@@ -7,15 +7,42 @@
 
 namespace marlin {
 
+// Weights are read once, and what they would displace in L2, X and partial sums, is needed again: they are
+// the first to go. (For a whole launch, since a cp.async with a cache policy of its own becomes an illegal
+// instruction with nvcc 13.0. On an H200 up to 4 % of small layers at m = 1 and 16, bench/LOG.md.)
+inline cudaError_t stream_weights(const GemmParams& gemm, cudaLaunchAttribute& attribute) {
+  int device = 0, most_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxAccessPolicyWindowSize, device);
+  const int64_t bytes = gemm.k * gemm.n / 2;
+  attribute.id = cudaLaunchAttributeAccessPolicyWindow;
+  cudaAccessPolicyWindow& window = attribute.val.accessPolicyWindow;
+  window.base_ptr = const_cast<uint32_t*>(gemm.words);
+  window.num_bytes = static_cast<size_t>(bytes < most_bytes ? bytes : most_bytes);
+  window.hitRatio = 1;
+  window.hitProp = cudaAccessPropertyStreaming;
+  window.missProp = cudaAccessPropertyStreaming;
+  return error;
+}
+
 template <size_t kIndex, typename Half, int kGroups>
 cudaError_t launch_instance(const LaunchParams& params, cudaStream_t stream) {
   constexpr CtaShape kShape = kSm80Shapes[kIndex].shape;
   constexpr int kBytes = static_cast<int>(kSm80SharedBytes[kIndex]);
   constexpr auto kKernel = sm80_kernel<kIndex, Half, kGroups>;
-  if (const cudaError_t error = allow_shared_memory<kKernel>(kBytes); error != cudaSuccess)
-    return error;
-  kKernel<<<params.partition.runs, kShape.threads(), kBytes, stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  cudaError_t error = allow_shared_memory<kKernel>(kBytes);
+  if (error == cudaSuccess) error = stream_weights(params.gemm, attribute);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = params.partition.runs;
+  config.blockDim = kShape.threads();
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, params);
 }
 
 // Kernels differ by the groups of scales in a stage, 0 meaning per column: that shapes the main loop.

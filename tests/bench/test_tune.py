@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, tune
+from bench import cli, tune, tune_tables
 from marlin import host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,14 +22,14 @@ def test_candidates_are_configurations_of_this_problem(k, n, m):
     shapes = host.kernel_shapes()
     for name in names:
         shape, runs = name.split("@")
-        if shape == tune.DENSE:
+        if shape == tune_tables.DENSE:
             assert m >= tune.NET_ROWS and 1 <= int(runs) <= n // 64
             assert 2 * k * n / int(runs) <= tune.NET_SLICE_BYTES
             continue
         tiles = -(-n // shapes[shape]["columns"]) * -(-m // shapes[shape]["rows"])
         tiles *= -(-k // shapes[shape]["depth"])
         assert 1 <= int(runs) <= min(tiles, 132)
-    assert (m >= tune.NET_ROWS) == any(name.startswith(tune.DENSE) for name in names)
+    assert (m >= tune.NET_ROWS) == any(name.startswith(tune_tables.DENSE) for name in names)
 
 
 def test_few_slices_are_tried_without_a_split():
@@ -74,7 +74,7 @@ def test_the_net_never_stands_alone():
     times = {"dense@1": 1.0, "dense@2": 1.1, "dense@4": 1.2, "x@1": 9.0, "y@1": 8.0}
     us = tune.choose(list(times), times.get, times.get)
     assert list(us) == ["dense@1", "dense@2", "dense@4", "y@1"]
-    text = tune.table_text([{**CELL, "m": 512, "us": us}], HEAD)
+    text = tune_tables.table_text([{**CELL, "m": 512, "us": us}], HEAD)
     rows = [line for line in text.splitlines() if not line.startswith("//")]
     assert rows == [
         '{64, 128, 512, "dense", 1},  // 1.0; dense@2 1.1; dense@4 1.2; y@1 8.0',
@@ -83,7 +83,7 @@ def test_the_net_never_stands_alone():
 
 
 def test_the_engine_needs_one_row():
-    text = tune.table_text([{**CELL, "us": {"x@3": 2.0, "dense@1": 3.0}}], HEAD)
+    text = tune_tables.table_text([{**CELL, "us": {"x@3": 2.0, "dense@1": 3.0}}], HEAD)
     assert text.splitlines()[-1] == '{64, 128, 8, "x", 3},  // 2.0; dense@1 3.0'
     assert all(line.startswith(("//", "{64")) for line in text.splitlines())
 
@@ -98,12 +98,12 @@ def test_a_run_over_some_cells_keeps_the_others():
         {"k": 64, "n": 64, "m": 8, "us": {f"{shape}@1": 5.0}, "commit": "older"},
     ]}  # fmt: skip
     new = {**CELL, "m": 16, "us": {f"{shape}@1": 1.0}}
-    cells = tune.with_earlier([new], earlier)
+    cells = tune_tables.with_earlier([new], earlier)
     assert [(c["n"], c["m"], c["commit"]) for c in cells] == [
         (64, 8, "older"), (128, 8, "old"), (128, 16, "abc"),
     ]  # fmt: skip
     assert cells[1]["us"] == {f"{shape}@1": 3.0} and cells[2] is new
-    head, _, _, *rows = tune.table_text([*cells, {**new, "m": 24}], HEAD).splitlines()
+    head, _, _, *rows = tune_tables.table_text([*cells, {**new, "m": 24}], HEAD).splitlines()
     assert "commit abc" in head  # most rows', which is left out there
     assert [row.split("// ")[1] for row in rows] == ["5.0 (older)", "3.0 (old)", "1.0", "1.0"]
 
@@ -113,10 +113,43 @@ def test_a_quick_run_makes_no_table(capsys):
     assert "expected --quick or --write" in capsys.readouterr().err
 
 
-def test_the_committed_table_is_what_tune_writes():
+def test_the_committed_tables_are_what_tune_writes(tmp_path):
     """From the committed result, whose shapes exist."""
     result = json.loads((ROOT / "bench/results/nvidia-h200/tune.json").read_text())
-    cells = tune.with_earlier([], result)
+    cells = tune_tables.with_earlier([], result)
     assert [cell["us"] for cell in cells] == [cell["us"] for cell in result["cells"]]
-    text = (ROOT / "csrc/dispatch/sm90_table.def").read_text()
-    assert text == tune.table_text(cells, result)
+    for path in tune_tables.write_tables(cells, result, tmp_path / tune_tables.TABLE):
+        assert path.read_text() == (tune_tables.DISPATCH / path.name).read_text()
+
+
+def test_a_batch_does_as_a_larger_one_that_is_faster():
+    """In as many tiles of rows: 48 rows fit a tile of 64, 100 take two."""
+    cells = [
+        {**CELL, "m": 48, "us": {"h48x256x128x2@1": 5.0}},
+        {**CELL, "m": 64, "us": {"h64x256x128x2@1": 4.0, "h32x256x128x2@2": 4.5}},
+        {**CELL, "m": 100, "us": {"h48x256x128x2@1": 5.0}},
+        {**CELL, "n": 64, "m": 128, "us": {"h64x256x128x2@1": 1.0}},
+    ]
+    found = tune_tables.at_most_as_slow(cells)
+    assert found[0]["us"] == {"h64x256x128x2@1": 4.0, "h48x256x128x2@1": 5.0}
+    assert found[1:] == cells[1:]
+    row = tune_tables.table_text(found[:1], HEAD).splitlines()[-1]
+    assert row.endswith('"h64x256x128x2", 1},  // 4.0 at m = 64; h48x256x128x2@1 5.0')
+
+
+def test_costs_are_found_again():
+    """From timings made up of them, by shape; without the net and long launches."""
+    true = {"h64x128x128x2": (2.0, 0.5, 1.0, 0.25), "h128x256x128x2": (0.0, 1.5, 3.0, 0.0)}
+    cells = []
+    for shape, costs in true.items():
+        for k, n, runs in ((4096, 4096, 64), (8192, 4096, 128), (4096, 6144, 132), (512, 512, 4)):
+            size = host.kernel_shapes()[shape]
+            slices = -(-n // size["columns"]) * -(-64 // size["rows"])
+            tiles, segments, sharers = host.busiest_run(slices, k // size["depth"], runs)
+            us = sum(c * x for c, x in zip(costs, (1, tiles, segments, sharers - 1), strict=True))
+            cells.append({"k": k, "n": n, "m": 64, "us": {f"{shape}@{runs}": us, "dense@1": 1.0}})
+    cells.append({"k": 64, "n": 64, "m": 4096, "us": {"h64x128x128x2@1": 1e6}})
+    found = tune_tables.fit(cells)
+    assert set(found) == set(true)
+    for shape, (costs, count, error) in found.items():
+        assert costs == pytest.approx(true[shape], abs=1e-6) and count == 4 and error < 1e-6

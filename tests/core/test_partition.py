@@ -70,3 +70,17 @@ def test_an_even_split_is_a_partition():
     """runs = slices * s cuts each slice into s equal parts and shares it among just those."""
     for run, segments in enumerate(host.partition(6, 20, 24)):
         assert segments == [(run // 4, 5 * (run % 4), 5 * (run % 4) + 5, 4, run % 4)]
+
+
+def test_the_busiest_run():
+    """Its tiles exactly; a segment or a sharer more than any has where cuts do not meet."""
+    for slices, depth, runs in itertools.product(
+        (1, 2, 3, 7, 64, 132, 133, 300), (1, 4, 33), (1, 2, 5, 64, 132)
+    ):
+        if runs > slices * depth:
+            continue
+        segments = host.partition(slices, depth, runs)
+        tiles, begun, sharers = host.busiest_run(slices, depth, runs)
+        assert tiles == max(sum(last - first for _, first, last, *_ in run) for run in segments)
+        assert 0 <= begun - max(map(len, segments)) <= 1
+        assert abs(sharers - max(run[-1][3] for run in segments if run)) <= 1

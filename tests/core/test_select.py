@@ -45,16 +45,16 @@ def test_hopper_gets_its_own_engine(group, sm_count):
         assert 1 <= int(runs) <= slices * -(-k // shape["depth"])
 
 
-@pytest.mark.parametrize("sm_count", [1, 3, 15, 131])
-def test_twins_on_any_number_of_sms(sm_count):
-    """Two SMs each: where there are fewer, or one is left over, all the same one run or more."""
-    taken = 0
-    for n, m in itertools.product((4096, 5120, 14336), (256, 1000, 4096, 9000)):
-        name, runs = host.select(m, n, 4096, 128, sm_count, GPUS["H200"][2], major=9).split("@")
+@pytest.mark.parametrize("sm_count", [1, 2, 3, 15, 131])
+def test_runs_fit_any_number_of_sms(sm_count):
+    """Twins take two each, so on one SM there are none."""
+    taken = set()
+    for n, m, k in itertools.product((4096, 5120, 14336), (256, 1000, 9000), (4096, 65536)):
+        name, runs = host.select(m, n, k, 128, sm_count, GPUS["H200"][2], major=9).split("@")
         twins = host.kernel_shapes()[name]["twins"]
-        assert 1 <= int(runs) <= max(1, sm_count // twins)
-        taken += twins == 2
-    assert taken
+        assert 1 <= int(runs) <= sm_count // twins
+        taken.add(twins)
+    assert sm_count != 131 or 2 in taken
 
 
 TABLE = Path(__file__).resolve().parents[2] / "csrc/dispatch/sm90_table.def"
@@ -85,6 +85,39 @@ def test_every_row_of_the_table_is_selected():
         assert host.select(*problem, bf16_rows=True) == first[problem]
         assert not host.select(*problem, bf16_scales=True).startswith("dense")
     assert len(first) > 200 and any(name.startswith("dense") for name in first.values())
+
+
+COSTS = TABLE.with_name("sm90_costs.def")
+
+
+@pytest.mark.parametrize("sm_count", [132, 114, 78])
+def test_what_was_not_measured_takes_what_should_cost_least(sm_count):
+    """Of every shape, split evenly or in stripes; on other GPUs measured layers, too."""
+    row = r'^\{"(\w+)", ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\}'
+    costs = {name: tuple(map(float, us)) for name, *us in re.findall(row, COSTS.read_text(), re.M)}
+    shapes = host.kernel_shapes()
+    assert set(costs) == {name for name, shape in shapes.items() if shape["engine"] == "sm90"}
+
+    def us(name, runs, m, n, k):
+        shape = shapes[name]
+        slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
+        work = host.busiest_run(slices, -(-k // shape["depth"]), runs)
+        launch, tile, segment, sharer = costs[name]
+        return launch + tile * work[0] + segment * work[1] + sharer * (work[2] - 1)
+
+    layers = [(5120, 5120), (2048, 8192), (7168, 18432), (1024, 64)]
+    for (k, n), m in itertools.product(
+        layers + [(4096, 4096)] * (sm_count != 132), (1, 50, 256, 9000)
+    ):
+        chosen, runs = host.select(m, n, k, 128, sm_count, GPUS["H200"][2], 9).split("@")
+        least = us(chosen, int(runs), m, n, k)
+        for name, shape in shapes.items():
+            most = max(1, sm_count // shape["twins"])
+            slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
+            most = min(most, slices * -(-k // shape["depth"]))
+            for candidate in {most, *(slices * split for split in (1, 2, 4))}:
+                if name in costs and candidate <= most:
+                    assert least <= us(name, candidate, m, n, k) + 1e-9, (name, candidate)
 
 
 def test_names_say_the_shape():
