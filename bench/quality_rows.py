@@ -74,6 +74,13 @@ def gptq_rows(names: dict[str, dict], group: int, seed: int, tokens: int | None)
     ]
 
 
+def otherwise_rows(group: int, seed: int, tokens: int | None) -> list[Row]:
+    return [
+        Row(GLUED, GPTQ, group, (), seed, tokens, glued=True),
+        Row(ROUNDED_LAST, GPTQ, group, (), seed, tokens, rounded_last=True),
+    ]
+
+
 def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -> list[Row]:
     """Rows in the order of their worth. groups: sizes that the model takes, the main one first."""
     main, *others = groups
@@ -82,6 +89,7 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
     rows = rtn_rows(main, tokens)[:1] + gptq_rows(anchors, main, 0, tokens)
     if quick:
         return rows
+    rows += otherwise_rows(main, SEEDS[0], tokens)
     rows += rtn_rows(main, tokens)[1:]
     for amount in growth[-1:]:
         rows += gptq_rows(anchors, main, 0, amount)
@@ -90,14 +98,11 @@ def matrix(groups: list[int], tokens: int, growth: tuple, quick: bool = False) -
         stacked |= options
         steps[name] = dict(stacked)
     for seed in SEEDS[1:]:
-        rows += gptq_rows(anchors, main, seed, tokens)
+        rows += gptq_rows(anchors, main, seed, tokens) + otherwise_rows(main, seed, tokens)
     alone = {name: {**PUBLISHED, **options} for name, options in ALONE.items()}
     products = {name: {**PUBLISHED, **options} for name, options in PRODUCTS.items()}
     rows += gptq_rows(steps, main, 0, tokens)
     rows += gptq_rows(INSTEAD, main, 0, tokens)
-    for seed in SEEDS:
-        rows.append(Row(GLUED, GPTQ, main, (), seed, tokens, glued=True))
-        rows.append(Row(ROUNDED_LAST, GPTQ, main, (), seed, tokens, rounded_last=True))
     for amount in growth[:1]:
         rows += gptq_rows(short, main, 0, amount)
     for group in others:
