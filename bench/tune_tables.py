@@ -16,6 +16,7 @@ TABLE, COSTS = "sm90_table.def", "sm90_costs.def"
 DISPATCH = Path(__file__).resolve().parents[1] / "csrc/dispatch"
 DENSE = "dense"  # the net
 COLD_ROWS = 1024  # up to which launches are timed at the clock of a cold GPU
+CLEARLY = 0.99  # of a time: less than that is no noise
 
 
 def with_earlier(cells: list[dict], earlier: dict) -> list[dict]:
@@ -45,10 +46,11 @@ def at_most_as_slow(cells: list[dict]) -> list[dict]:
             for other in cells
             if (other["k"], other["n"]) == (cell["k"], cell["n"]) and other["m"] > cell["m"]
             for name, us in other["us"].items()
-            if _row_tiles(name, other["m"]) == _row_tiles(name, cell["m"])
+            if name not in cell["us"]
+            and _row_tiles(name, other["m"]) == _row_tiles(name, cell["m"])
         ]
         us, name, m = min(others, default=(np.inf, "", 0))
-        if us < min(cell["us"].values()):
+        if us < CLEARLY * min(cell["us"].values()):
             cell = {**cell, "us": {name: us, **cell["us"]}, "of": m}
         found.append(cell)
     return found
@@ -124,9 +126,9 @@ def _non_negative(shares: np.ndarray) -> np.ndarray:
 def costs_text(cells: list[dict], head: dict) -> str:
     """C++ rows: what a launch of each shape costs."""
     lines = [
-        f"// {head['device']['name']}: fitted to the timings of {TABLE} by",
-        "// `python -m bench tune --write`. Shape; us of a launch, a tile, a segment, a sharer;",
-        "// timings, and by how much they differ (rms).",
+        f"// {head['device']['name']}: fitted by `python -m bench tune --write` to its",
+        f"// timings of up to {COLD_ROWS} rows. Shape; us of a launch, a tile, a segment, a",
+        "// sharer; timings, and by how much they differ (rms).",
     ]
     for shape, (costs, count, error) in fit(cells).items():
         numbers = ", ".join(f"{cost:.3f}" for cost in costs)

@@ -18,7 +18,7 @@ inline constexpr std::string_view kDenseName = "dense";
 KernelConfig select(const Problem& problem, const Device& device);
 
 // The same, remembered by each thread for the problems it met last: a table takes a microsecond to
-// search. `device` must outlive the thread.
+// search, the model of costs three. `device` must outlive the thread.
 KernelConfig select_again(const Problem& problem, const Device& device);
 
 // One CTA per SM with an equal share of the tiles; or so many runs that they end where slices do, where

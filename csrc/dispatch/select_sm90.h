@@ -7,8 +7,8 @@
 
 namespace marlin {
 
-// What was measured for this weight (sm90_table.def), or else what should cost least by what all
-// measurements say together (sm90_costs.def).
+// What was measured for this weight (sm90_table.def), or else what should cost least by what the
+// measurements of all weights say together (sm90_costs.def).
 KernelConfig select_sm90(const Problem& problem, const Device& device);
 
 }  // namespace marlin

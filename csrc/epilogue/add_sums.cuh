@@ -70,7 +70,7 @@ __device__ Sums<kBatches / 2, kCount> half_of(const Sums<kBatches, kCount>& sums
 
 // Of the other CTA of a pair: each goes on with half of the rows, the owner with the first, and writes its
 // sums of the others into the other's ring, which is not needed any more; a barrier there counts the bytes.
-// Neither reads the other's memory, so each may leave when it has what it needs.
+// Neither reads the other's memory, so each may leave when it has the other's signal and sums.
 template <Sm90Shape kShape, int kBatches, int kCount>
 __device__ Sums<kBatches / 2, kCount> add_partner(const Sums<kBatches, kCount>& sums,
                                                   const SumsPlace& place, int64_t rows_left,
@@ -92,7 +92,7 @@ __device__ Sums<kBatches / 2, kCount> add_partner(const Sums<kBatches, kCount>& 
     ptx::mbarrier_signal_remote(free, partner);
   }
   Sums<kBatches / 2, kCount> given = half_of(sums, !owner);
-  ptx::mbarrier_wait(free, 0);
+  ptx::mbarrier_wait(free, 0);  // also with nothing to give: the signal must find this CTA here
   Fours::give(given, owner ? last_rows_left : rows_left, [&](int i, float4 four) {
     ptx::store_remote(&fours[i * 128], arrived, partner, four);
   });

@@ -24,15 +24,6 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// The same place in the shared memory of another CTA of the cluster.
-// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-mapa
-template <typename T>
-__device__ inline T* in_cluster(T* shared, uint32_t rank) {
-  T* remote;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(shared), "r"(rank));
-  return remote;
-}
-
 // Writes to the same place in another CTA's shared memory, and counts the bytes on its barrier.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-st-async
 __device__ inline void store_remote(void* shared, Mbarrier* barrier, uint32_t rank, float4 value) {
@@ -49,20 +40,8 @@ __device__ inline void store_remote(void* shared, Mbarrier* barrier, uint32_t ra
       : "memory");
 }
 
-// Arrives at another CTA's barrier; what this thread has seen is visible to who waits there.
-__device__ inline void mbarrier_arrive_remote(Mbarrier* barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-
-// The same with nothing to show: it says no more than that this CTA has what it wanted to read of its own
-// shared memory.
+// Arrives at another CTA's barrier. It says no more than that this CTA has what it wanted to read of its own
+// shared memory: nothing else is ordered.
 __device__ inline void mbarrier_signal_remote(Mbarrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"

@@ -29,9 +29,10 @@ class DeviceScope {
 };
 
 inline void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess)
-    fail(op, "launch", "a kernel that starts",
-         join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // told here: the next launch is not to find it
+  fail(op, "launch", "a kernel that starts",
+       join(cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
 }
 
 }  // namespace marlin::ops

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import cli, tune, tune_tables
@@ -133,6 +134,11 @@ def test_a_batch_does_as_a_larger_one_that_is_faster():
     found = tune_tables.at_most_as_slow(cells)
     assert found[0]["us"] == {"h64x256x128x2@1": 4.0, "h48x256x128x2@1": 5.0}
     assert found[1:] == cells[1:]
+    # Its own timing of a configuration counts more than a larger batch's, and noise nothing.
+    large = {**CELL, "m": 64, "us": {"h64x256x128x2@1": 4.0}}
+    for us in ({"h48x256x128x2@1": 4.9, "h64x256x128x2@1": 5.0}, {"h48x256x128x2@1": 4.01}):
+        cell = {**CELL, "m": 48, "us": us}
+        assert tune_tables.at_most_as_slow([cell, large])[0] == cell
     row = tune_tables.table_text(found[:1], HEAD).splitlines()[-1]
     assert row.endswith('"h64x256x128x2", 1},  // 4.0 at m = 64; h48x256x128x2@1 5.0')
 
@@ -151,5 +157,9 @@ def test_costs_are_found_again():
     cells.append({"k": 64, "n": 64, "m": 4096, "us": {"h64x128x128x2@1": 1e6}})
     found = tune_tables.fit(cells)
     assert set(found) == set(true)
+    shares = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 4.0]]) / np.array([[4.0], [2.0], [1.0]])
+    assert np.linalg.lstsq(shares, np.ones(3), rcond=None)[0].min() < 0
+    costs = tune_tables._non_negative(shares)
+    assert costs.min() == 0 and costs.max() > 0
     for shape, (costs, count, error) in found.items():
         assert costs == pytest.approx(true[shape], abs=1e-6) and count == 4 and error < 1e-6
