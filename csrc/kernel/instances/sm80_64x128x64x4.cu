@@ -2,5 +2,5 @@
 
 namespace marlin {
 template cudaError_t launch_shape<sm80_index("64x128x64x4")>(const LaunchParams&, Dtype, int,
-                                                              cudaStream_t);
+                                                             cudaStream_t);
 }  // namespace marlin
