@@ -7,19 +7,18 @@
 
 namespace marlin {
 
-// Where one tile holds all rows, weights are read once, and what they would displace in L2, X and partial
-// sums, is needed again: they are the first to go. (For a whole launch, since a cp.async with a cache policy
+// Weights are the first to leave L2: where one tile holds all rows they are read once, and what they would
+// displace, X and partial sums, is needed again. (For a whole launch, since a cp.async with a cache policy
 // of its own becomes an illegal instruction with nvcc 13.0. On an H200 up to 4 % of small layers at m = 1
-// and 16, bench/LOG.md.) Adds to `config`, which points to `attribute`.
-inline cudaError_t stream_weights(const LaunchParams& params, cudaLaunchConfig_t& config,
+// and 16, and no loss at 256 rows, in several tiles, bench/LOG.md.) Adds to `config`, which points to
+// `attribute`.
+inline cudaError_t stream_weights(const GemmParams& gemm, cudaLaunchConfig_t& config,
                                   cudaLaunchAttribute& attribute) {
-  if (params.raster.row_tiles > 1) return cudaSuccess;
   int device = 0, most_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxAccessPolicyWindowSize, device);
   if (error != cudaSuccess || most_bytes == 0) return error;
-  const GemmParams& gemm = params.gemm;
   const int64_t bytes = gemm.k * gemm.n / 2;
   attribute.id = cudaLaunchAttributeAccessPolicyWindow;
   cudaAccessPolicyWindow& window = attribute.val.accessPolicyWindow;
@@ -41,7 +40,7 @@ cudaError_t launch_instance(const LaunchParams& params, cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
   cudaError_t error = allow_shared_memory<kKernel>(kBytes);
-  if (error == cudaSuccess) error = stream_weights(params, config, attribute);
+  if (error == cudaSuccess) error = stream_weights(params.gemm, config, attribute);
   if (error != cudaSuccess) return error;
   config.gridDim = params.partition.runs;
   config.blockDim = kShape.threads();
