@@ -1,5 +1,6 @@
 """One cell of `gemm`: a problem, the ways to compute it, and each way's checked timing."""
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -116,6 +117,12 @@ def time_path(
     return time_graph(graph, launches, replay_count(graph_us))
 
 
+def spread_percent(passes: list[Timing]) -> float:
+    """By how much the passes of a path differ."""
+    us = [timing.median_us for timing in passes]
+    return 100 * (max(us) - min(us)) / statistics.mean(us)
+
+
 def summarize(
     k: int,
     n: int,
@@ -125,32 +132,34 @@ def summarize(
     group_size: int,
     rates: Rates,
 ) -> list[dict]:
-    """The record of a cell for each of our configurations, from the passes of every path."""
-    mean_us = {name: sum(t.median_us for t in passes) / len(passes)
-               for name, passes in timings.items()}  # fmt: skip
-    dense = {name: mean_us[name] for name in FP16_LAYOUTS if name in timings}
+    """The record of a cell for each of our configurations, from the passes of every path: of three
+    the median, of two the mean."""
+    typical_us = {
+        name: statistics.median(t.median_us for t in passes) for name, passes in timings.items()
+    }
+    dense = {name: typical_us[name] for name in FP16_LAYOUTS if name in timings}
     layout = min(dense, key=dense.get, default=None)
-    net_us = mean_us.get(NET)
+    net_us = typical_us.get(NET)
     records = []
     for name in configs:
         if name not in timings:
             continue
         passes = timings[name]
-        us = [timing.median_us for timing in passes]
-        mean = sum(us) / len(us)
+        us = typical_us[name]
         floor = floor_us(rates, m, k, n, group_size)
         fp16_us = dense.get(layout)
         records.append({
-            "k": k, "n": n, "m": m, "config": name, "us": mean, "us_passes": us,
-            "spread_percent": 100 * (max(us) - min(us)) / mean,
-            "floor_us": floor, "percent_of_floor": 100 * floor / mean,
-            "tbyte_per_s": problem_bytes(m, k, n, group_size) / mean * 1e-6,
-            "tflop_per_s": 2 * m * k * n / mean * 1e-6,
+            "k": k, "n": n, "m": m, "config": name,
+            "us": us, "us_passes": [timing.median_us for timing in passes],
+            "spread_percent": spread_percent(passes),
+            "floor_us": floor, "percent_of_floor": 100 * floor / us,
+            "tbyte_per_s": problem_bytes(m, k, n, group_size) / us * 1e-6,
+            "tflop_per_s": 2 * m * k * n / us * 1e-6,
             "fp16_us": fp16_us, "fp16_layout": layout and layout.removeprefix("fp16 "),
             "fp16_us_passes": layout and [t.median_us for t in timings[layout]],
             "fp16_us_other_layout": max(dense.values(), default=None),
             "net_us": net_us, "net_speedup": net_us and fp16_us and fp16_us / net_us,
-            "speedup": fp16_us and fp16_us / mean,
+            "speedup": fp16_us and fp16_us / us,
             "ideal_speedup": floor_us(rates, m, k, n, -1, bits=16) / floor,
             "clock_mhz": passes[-1].clock_mhz,
         })  # fmt: skip

@@ -4,10 +4,13 @@ Protocol (DESIGN §5): random data; weights rotate over at least 256 MB; one CUD
 600 us, or of a round over the weights, equally long for all that are compared; checked against
 float64 first; 30 ms idle, then the median of 21 replays, fewer where a replay takes longer than
 2.4 ms. Two passes over all cells: from few rows to many, since those heat the GPU, and back.
+A third over those where a path's passes differ: once in some hundred timings the GPU clocks down
+midway, whatever runs, and the median of three leaves that out.
 """
 
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -19,6 +22,7 @@ from bench.cell import (
     NET_ROWS,
     make_path,
     shared_graph_us,
+    spread_percent,
     summarize,
     time_path,
 )
@@ -40,11 +44,13 @@ QUICK_SHAPES = ((4096, 4096), (11008, 4096), (8192, 8192), (16384, 16896))
 QUICK_ROWS = (1, 16, 32, 64, 128, 256)
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 LARGE_ROWS = (1, 2, 4, *ROWS[1:])  # of the large shape, where 2 and 4 differ from 1 most
+UNSTEADY_PERCENT = 4  # by which a path's passes may differ
 PROTOCOL = (
     "weights rotate over >= 256 MB, one CUDA graph, equally long for all that are compared, "
     f"{IDLE_SECONDS * 1e3:.0f} ms idle before each timing (the cold power regime), median of "
     f"{REPLAYS} replays (fewer, {FEWEST_REPLAYS} at least, of graphs longer than "
-    f"{LONG_US / REPLAYS * 1e-3:.1f} ms), two passes, the second in reversed order"
+    f"{LONG_US / REPLAYS * 1e-3:.1f} ms), two passes, the second in reversed order, and a third "
+    f"over cells where they differ by more than {UNSTEADY_PERCENT} %: the median"
 )
 
 Cell = tuple[int, int, int]  # (k, n, m)
@@ -92,6 +98,22 @@ class Measurement:
                 torch.cuda.synchronize()  # a broken context ends the run here, not at the next cell
                 continue
             self.timings.setdefault(cell, {}).setdefault(name, []).append(timing)
+
+    def passes(self, cells: list[Cell]) -> Iterator[int]:
+        """Two over all cells, a third over unsteady ones; after each, how many are done."""
+        by_rows = sorted(cells, key=lambda cell: cell[2])
+        for done, order in enumerate((by_rows, by_rows[::-1], by_rows)):
+            for cell in order:
+                if done < 2 or self.unsteady(cell):
+                    self.measure(cell, first=done == 0)
+            yield done + 1
+
+    def unsteady(self, cell: Cell) -> bool:
+        """Whether a path of the cell took clearly longer in one pass than in another."""
+        return any(
+            spread_percent(passes) > UNSTEADY_PERCENT
+            for passes in self.timings.get(cell, {}).values()
+        )
 
     def records(self, cells: list[Cell]) -> list[dict]:
         found = [
@@ -229,10 +251,7 @@ def run(args) -> int:
     measurement = Measurement(pools, rates, args.config, not args.no_fp16)
     options = {"group_size": args.group_size, "dtype": args.dtype, "measured": measured}
     with torch.inference_mode():
-        by_rows = sorted(cells, key=lambda cell: cell[2])
-        for order, first in ((by_rows, True), (by_rows[::-1], False)):
-            for cell in order:
-                measurement.measure(cell, first)
+        for _ in measurement.passes(cells):
             head["seconds"] = round(time.perf_counter() - started, 1)
             result = build_result(head, options, measurement, cells)
             path = write_result(result, result_name(args), args.out)

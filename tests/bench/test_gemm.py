@@ -69,6 +69,24 @@ def test_every_cell_is_checked_and_recorded(on_cpu, group_size, dtype):
         assert r["percent_of_floor"] == pytest.approx(100 * r["floor_us"] / 2.5)
 
 
+def test_cells_whose_passes_differ_get_a_third(on_cpu, monkeypatch):
+    steady, slow_once = (128, 256, 1), (128, 256, 3)
+    us = {steady: iter([2.0, 2.06]), slow_once: iter([2.0, 2.4, 2.1])}
+
+    def time_path(pools, path, k, n, m, check, graph_us):
+        ours = path.multiply.__qualname__.startswith("our_path")
+        return Timing([next(us[k, n, m]) if ours else 2.0], 1700)
+
+    monkeypatch.setattr(gemm, "time_path", time_path)
+    pools = Pools([steady, slow_once], 128, torch.float16, device="cpu", rotate_bytes=100_000)
+    measurement = gemm.Measurement(pools, H200, [gemm.AUTO], with_fp16=True)
+    assert list(measurement.passes([steady, slow_once])) == [1, 2, 3]
+    first, second = measurement.records([steady, slow_once])
+    assert first["us_passes"] == [2.0, 2.06] and first["us"] == pytest.approx(2.03)
+    assert second["us_passes"] == [2.0, 2.4, 2.1] and second["us"] == 2.1
+    assert second["fp16_us_passes"] == [2.0, 2.0, 2.0]
+
+
 def test_the_net_is_timed_beside_many_rows(on_cpu, monkeypatch):
     monkeypatch.setattr(gemm, "NET_ROWS", 3)
     # The CPU has no such configuration: its own choice stands in for it.
