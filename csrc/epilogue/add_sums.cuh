@@ -54,20 +54,6 @@ __device__ bool add_others(Sums<kBatches, kCount>& sums, const SumsPlace& place,
   return true;
 }
 
-// The first or the last half of a thread's rows.
-template <int kBatches, int kCount>
-__device__ Sums<kBatches / 2, kCount> half_of(const Sums<kBatches, kCount>& sums, bool first) {
-  constexpr int kHalf = kBatches / 2;
-  Sums<kHalf, kCount> half;
-#pragma unroll
-  for (int block = 0; block < kCount; ++block)
-#pragma unroll
-    for (int batch = 0; batch < kHalf; ++batch)
-      half.values[block][batch] =
-          first ? sums.values[block][batch] : sums.values[block][batch + kHalf];
-  return half;
-}
-
 // Of the other CTA of a pair: each goes on with half of the rows, the owner with the first, and writes its
 // sums of the others into the other's ring, which is not needed any more; a barrier there counts the bytes.
 // Neither reads the other's memory, so each may leave when it has the other's signal and sums.

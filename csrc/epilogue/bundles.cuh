@@ -7,6 +7,20 @@
 
 namespace marlin {
 
+// The first or the last half of a thread's rows.
+template <int kBatches, int kCount>
+__device__ Sums<kBatches / 2, kCount> half_of(const Sums<kBatches, kCount>& sums, bool first) {
+  constexpr int kHalf = kBatches / 2;
+  Sums<kHalf, kCount> half;
+#pragma unroll
+  for (int block = 0; block < kCount; ++block)
+#pragma unroll
+    for (int batch = 0; batch < kHalf; ++batch)
+      half.values[block][batch] =
+          first ? sums.values[block][batch] : sums.values[block][batch + kHalf];
+  return half;
+}
+
 // The fours of a thread go in bundles: those of rows that do not exist may be left out, and all loads of
 // a bundle come before its first addition, since memory takes its time, however many ask.
 template <int kBatches, int kCount>

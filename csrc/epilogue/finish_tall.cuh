@@ -20,16 +20,8 @@ __device__ Sums<kBatches / 2> add_depth_groups(const Sums<kBatches>& sums, const
   using Fours = Bundles<kHalf, kBlocks>;
   static_assert(kShape.depth_groups == 2 && kBatches % 2 == 0 &&
                 Fours::kFours * kShape.group_threads() * sizeof(float4) <= sizeof(Stage<kShape>));
-  Sums<kHalf> kept, given;
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-    for (int batch = 0; batch < kHalf; ++batch) {
-      const ptx::Accumulator& low = sums.values[block][batch];
-      const ptx::Accumulator& high = sums.values[block][batch + kHalf];
-      kept.values[block][batch] = role.depth_group == 0 ? low : high;
-      given.values[block][batch] = role.depth_group == 0 ? high : low;
-    }
+  const bool first = role.depth_group == 0;
+  Sums<kHalf> kept = half_of(sums, first), given = half_of(sums, !first);
   auto fours_of = [&](int group, int slot) {
     return reinterpret_cast<float4*>(&shared.stages[group][slot]) + role.group_thread;
   };

@@ -7,11 +7,10 @@
 
 namespace marlin {
 
-// Weights are the first to leave L2: where one tile holds all rows they are read once, and what they would
-// displace, X and partial sums, is needed again. (For a whole launch, since a cp.async with a cache policy
-// of its own becomes an illegal instruction with nvcc 13.0. On an H200 up to 4 % of small layers at m = 1
-// and 16, and no loss at 256 rows, in several tiles, bench/LOG.md.) Adds to `config`, which points to
-// `attribute`.
+// Weights are the first to leave L2, for launches that read them once: what they would displace, X and
+// partial sums, is needed again. (For a whole launch, since a cp.async with a cache policy of its own
+// becomes an illegal instruction with nvcc 13.0. On an H200 up to 4 % of small layers at m = 1 and 16,
+// bench/LOG.md.) Adds to `config`, which points to `attribute`.
 inline cudaError_t stream_weights(const GemmParams& gemm, cudaLaunchConfig_t& config,
                                   cudaLaunchAttribute& attribute) {
   int device = 0, most_bytes = 0;
@@ -40,7 +39,9 @@ cudaError_t launch_instance(const LaunchParams& params, cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
   cudaError_t error = allow_shared_memory<kKernel>(kBytes);
-  if (error == cudaSuccess) error = stream_weights(params.gemm, config, attribute);
+  const bool reads_weights_once = params.gemm.m <= kShape.rows;
+  if (error == cudaSuccess && reads_weights_once)
+    error = stream_weights(params.gemm, config, attribute);
   if (error != cudaSuccess) return error;
   config.gridDim = params.partition.runs;
   config.blockDim = kShape.threads();
