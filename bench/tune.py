@@ -75,14 +75,15 @@ def net_slices(k: int, n: int) -> list[int]:
 
 
 def candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
-    """Names of configurations: the lowest tile that holds m, the three heights below it, and all
-    heights below where the GPU would stay half empty; for many rows the net."""
+    """Names of configurations: the lowest tile that holds m, the next higher one, the three heights
+    below, and all of these where the GPU would stay half empty; for many rows the net."""
     shapes = {name: s for name, s in host.kernel_shapes().items() if s["engine"] == "sm90"}
     heights = sorted({shape["rows"] for shape in shapes.values()})
     fitting = next((h for h in heights if h >= m), heights[-1])
     lower = [h for h in heights if h < fitting]
     few = -(-m // fitting) * -(-n // 128) * 2 <= sm_count
-    chosen = {fitting, *(lower if few else lower[-3:])}
+    at_least = heights.index(fitting)
+    chosen = {*heights[at_least : at_least + 2], *(lower if few else lower[-3:])}
     names = [
         f"{name}@{runs}"
         for name, shape in shapes.items()
