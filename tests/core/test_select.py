@@ -34,7 +34,7 @@ LAYERS = sorted({layer for model in MODELS.values() for layer in model.values()}
 def test_hopper_gets_its_own_engine(group, sm_count):
     """Tuned shapes and others, any batch: a configuration of the sm_90 engine that fits."""
     shapes = host.kernel_shapes()
-    others = [(64, 64), (1024, 192), (5120, 13824), (100352, 128), (256, 131072)]
+    others = [(64, 64), (1024, 192), (6144, 16384), (100352, 128), (256, 131072)]
     for (k, n), m in itertools.product([*LAYERS, *others], (*ROWS[1:], 2048, 100_000)):
         if k < group:
             continue
@@ -49,7 +49,7 @@ def test_hopper_gets_its_own_engine(group, sm_count):
 def test_runs_fit_any_number_of_sms(sm_count):
     """Twins take two each, so on one SM there are none."""
     taken = set()
-    for n, m, k in itertools.product((4096, 5120, 14336), (256, 1000, 9000), (4096, 65536)):
+    for n, m, k in itertools.product((1024, 5120, 14336), (256, 1000, 9000), (4096, 65536)):
         name, runs = host.select(m, n, k, 128, sm_count, GPUS["H200"][2], major=9).split("@")
         twins = host.kernel_shapes()[name]["twins"]
         assert 1 <= int(runs) <= sm_count // twins
@@ -105,7 +105,7 @@ def test_what_was_not_measured_takes_what_should_cost_least(sm_count):
         launch, tile, segment, sharer = costs[name]
         return launch + tile * work[0] + segment * work[1] + sharer * (work[2] - 1)
 
-    layers = [(5120, 5120), (2048, 8192), (7168, 18432), (1024, 64)]
+    layers = [(6144, 6144), (2048, 8192), (7168, 18432), (1024, 64)]
     for (k, n), m in itertools.product(
         layers + [(4096, 4096)] * (sm_count != 132), (1, 50, 256, 9000)
     ):
