@@ -4,8 +4,8 @@ Protocol (DESIGN §5): random data; weights rotate over at least 256 MB; one CUD
 600 us, or of a round over the weights, equally long for all that are compared; checked against
 float64 first; 30 ms idle, then the median of 21 replays, fewer where a replay takes longer than
 2.4 ms. Two passes over all cells: from few rows to many, since those heat the GPU, and back.
-A third over those where a path's passes differ: once in some hundred timings the GPU clocks down
-midway, whatever runs, and the median of three leaves that out.
+A third over those where a path's passes differ: now and then the GPU clocks down in the middle of
+a timing, whatever runs, and the median of three leaves that out.
 """
 
 import sys
@@ -45,15 +45,25 @@ QUICK_ROWS = (1, 16, 32, 64, 128, 256)
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 LARGE_ROWS = (1, 2, 4, *ROWS[1:])  # of the large shape, where 2 and 4 differ from 1 most
 UNSTEADY_PERCENT = 4  # by which a path's passes may differ
-PROTOCOL = (
+TIMING = (
     "weights rotate over >= 256 MB, one CUDA graph, equally long for all that are compared, "
     f"{IDLE_SECONDS * 1e3:.0f} ms idle before each timing (the cold power regime), median of "
     f"{REPLAYS} replays (fewer, {FEWEST_REPLAYS} at least, of graphs longer than "
-    f"{LONG_US / REPLAYS * 1e-3:.1f} ms), two passes, the second in reversed order, and a third "
-    f"over cells where they differ by more than {UNSTEADY_PERCENT} %: the median"
+    f"{LONG_US / REPLAYS * 1e-3:.1f} ms)"
+)
+PASSES = (
+    "one pass",
+    "two passes, the second in reversed order",
+    "two passes, the second in reversed order, and of cells where they differ by more than "
+    f"{UNSTEADY_PERCENT} % a third: the median",
 )
 
 Cell = tuple[int, int, int]  # (k, n, m)
+
+
+def protocol(passes: int) -> str:
+    """How was measured what so many passes have timed."""
+    return f"{TIMING}, {PASSES[passes - 1]}"
 
 
 def choose_cells(args, incumbents: Incumbents) -> list[Cell]:
@@ -77,14 +87,16 @@ class Measurement:
         self.timings: dict[Cell, dict[str, list[Timing]]] = {}
         self.failures: dict[tuple[Cell, str], str] = {}
 
-    def measure(self, cell: Cell, first: bool) -> None:
-        """One pass over one cell; ``first``: check the results too."""
+    def measure(self, cell: Cell, done: int) -> None:
+        """One more pass over one cell, after so many; the first checks the results too, the second
+        takes paths in reversed order."""
+        first = done == 0
         names = [*self.configs, *(FP16_LAYOUTS if self.with_fp16 else ())]
         if cell[2] >= NET_ROWS and NET not in names:
             names.append(NET)
         paths = {name: make_path(name, self.pools, self.rates, *cell) for name in names}
         graph_us = shared_graph_us(paths.values())
-        for name in names if first else reversed(names):
+        for name in reversed(names) if done == 1 else names:
             if (cell, name) in self.failures:
                 continue
             try:
@@ -105,7 +117,7 @@ class Measurement:
         for done, order in enumerate((by_rows, by_rows[::-1], by_rows)):
             for cell in order:
                 if done < 2 or self.unsteady(cell):
-                    self.measure(cell, first=done == 0)
+                    self.measure(cell, done)
             yield done + 1
 
     def unsteady(self, cell: Cell) -> bool:
@@ -124,8 +136,10 @@ class Measurement:
         return [record for records in found for record in records]
 
 
-def build_result(head: dict, options: dict, measurement: Measurement, cells: list[Cell]) -> dict:
-    """What is written as JSON."""
+def build_result(
+    head: dict, options: dict, measurement: Measurement, cells: list[Cell], passes: int = 2
+) -> dict:
+    """What is written as JSON after so many passes."""
     incumbents = incumbents_on(head["device"]["name"])
     records = measurement.records(cells)
     group_size = options["group_size"]
@@ -140,7 +154,7 @@ def build_result(head: dict, options: dict, measurement: Measurement, cells: lis
         {"k": k, "n": n, "m": m, "config": name, "error": error}
         for ((k, n, m), name), error in measurement.failures.items()
     ]
-    return {"bench": "gemm", "schema": 1, **head, **options, "protocol": PROTOCOL,
+    return {"bench": "gemm", "schema": 1, **head, **options, "protocol": protocol(passes),
             "rates": vars(measurement.rates), "cells": records, "sums": sums,
             "failures": failures}  # fmt: skip
 
@@ -251,9 +265,9 @@ def run(args) -> int:
     measurement = Measurement(pools, rates, args.config, not args.no_fp16)
     options = {"group_size": args.group_size, "dtype": args.dtype, "measured": measured}
     with torch.inference_mode():
-        for _ in measurement.passes(cells):
+        for passes in measurement.passes(cells):
             head["seconds"] = round(time.perf_counter() - started, 1)
-            result = build_result(head, options, measurement, cells)
+            result = build_result(head, options, measurement, cells, passes)
             path = write_result(result, result_name(args), args.out)
     print(format_result(result))
     print(f"\n{head['seconds']:.0f} s, written to {path}")

@@ -16,7 +16,7 @@ import torch
 from bench import ceilings
 from bench.blocks import BlockWeights, Chain, Step, block_steps
 from bench.cell import AUTO, FP16_LAYOUTS, make_path, shared_graph_us, time_path
-from bench.gemm import PROTOCOL
+from bench.gemm import protocol
 from bench.machine import describe_run
 from bench.pools import Pools, check_dense
 from bench.report import number, table, write_result
@@ -269,7 +269,7 @@ def run(args) -> int:
     measured = ceilings.measure(dtype)
     rates = known_rates(head["device"]["name"]) or ceilings.rates_from(measured)
     result = {"bench": "layer", "schema": 1, **head, "group_size": args.group_size,
-              "dtype": args.dtype, "protocol": PROTOCOL, "rates": vars(rates),
+              "dtype": args.dtype, "protocol": protocol(passes=2), "rates": vars(rates),
               "measured": measured, "blocks": [], "failures": []}  # fmt: skip
     name = "layer" + "".join(
         part

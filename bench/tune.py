@@ -76,7 +76,7 @@ def net_slices(k: int, n: int) -> list[int]:
 
 def candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
     """Names of configurations: the lowest tile that holds m, the next higher one, the three heights
-    below, and all of these where the GPU would stay half empty; for many rows the net."""
+    below, or all lower ones where the GPU would stay half empty; for many rows the net."""
     shapes = {name: s for name, s in host.kernel_shapes().items() if s["engine"] == "sm90"}
     heights = sorted({shape["rows"] for shape in shapes.values()})
     fitting = next((h for h in heights if h >= m), heights[-1])

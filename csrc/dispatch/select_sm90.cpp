@@ -41,16 +41,6 @@ constexpr CostRow kCosts[] = {
 #include "dispatch/sm90_costs.def"
 };
 
-// They were fitted to batches of up to so many rows. Longer launches get the clock that their power leaves
-// them, by which other shapes win: of 42 measured cells these two alone are among the best three in 31
-// and 34, what should cost least in 22 (4096 and 8192 rows, tune.json).
-constexpr int64_t kFittedRows = 1024;
-constexpr std::string_view kLongShapes[] = {"h128x256x128x2", "hh256x256x64x4"};
-
-bool is_candidate(std::string_view shape, const Problem& problem) {
-  return problem.m <= kFittedRows || std::ranges::find(kLongShapes, shape) != std::end(kLongShapes);
-}
-
 constexpr bool every_shape_exists() {
   for (const TunedRow& row : kTuned)
     if (!row.dense() && sm90_index(row.shape) == kSm90Shapes.size()) return false;
@@ -80,15 +70,14 @@ const TunedRow* measured(const Problem& problem) {
   return nullptr;
 }
 
-// Of all candidates, each in even splits of its slices, in whole waves of them, and with a run for every
-// SM.
+// Of all shapes, each in even splits of its slices, in whole waves of them, and with a run for every SM.
 KernelConfig cheapest(const Problem& problem, const Device& device) {
   KernelConfig best;
   double least = std::numeric_limits<double>::infinity();
   for (const CostRow& row : kCosts) {
     KernelConfig config{Engine::kSm90, sm90_index(row.shape)};
     const int64_t at_once = device.sm_count / ctas_of_run(config);
-    if (at_once == 0 || !is_candidate(row.shape, problem)) continue;
+    if (at_once == 0) continue;
     const Partition whole = partition_of(problem, config);
     const int64_t most = std::clamp<int64_t>(whole.tiles(), 1, at_once);
     const auto consider = [&](int64_t runs) {

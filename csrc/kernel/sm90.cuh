@@ -125,8 +125,8 @@ class WgmmaConsumer {
   // Rows of tiles that share a scale, at most a stage.
   static constexpr int kGroupTiles = kTiles * kGroups > 8 ? 8 / (kGroups > 0 ? kGroups : 1)
                                                           : kTiles;
-  // Products under way, and after which row of tiles none of them is of the stage before. (One more or
-  // less is up to 2 % slower in one shape or another, bench/LOG.md.)
+  // Products under way, and after which row of tiles none of them is of the stage before. (More are no
+  // faster; two up to 64 rows, or above, are up to 2 % slower: bench/LOG.md, 863478e.)
   static constexpr int kPending = kShape.rows > 64 ? 3 : 4;
   static constexpr int kReleaseTile = (kPending + kCount - 1) / kCount - 1;
   static_assert(kReleaseTile < kTiles);

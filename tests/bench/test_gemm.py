@@ -43,9 +43,9 @@ CELLS = [(128, 256, 1), (128, 256, 3), (256, 64, 1), (256, 64, 3)]
 def measure(configs, group_size=128, dtype=torch.float16):
     pools = Pools(CELLS, group_size, dtype, device="cpu", rotate_bytes=100_000)
     measurement = gemm.Measurement(pools, H200, configs, with_fp16=True)
-    for order, first in ((CELLS, True), (CELLS[::-1], False)):
+    for done, order in enumerate((CELLS, CELLS[::-1])):
         for one in order:
-            measurement.measure(one, first)
+            measurement.measure(one, done)
     return measurement
 
 
