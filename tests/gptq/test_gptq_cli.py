@@ -129,7 +129,7 @@ def test_what_does_not_go_as_planned_is_said(work, capsys):
     assert "3 layers did not go as planned:" in lines
     index = lines.index("3 layers did not go as planned:")
     assert lines[index + 1] == (
-        "  model.layers.0.mlp.down_proj: clipped rtn (only 18 tokens for 160 inputs)"
+        "  model.layers.0.mlp.down_proj: full-range rtn (only 18 tokens for 160 inputs)"
     )
 
 
@@ -145,11 +145,11 @@ def test_mixtures_of_experts(tmp_path, capsys):
     assert "Note:" not in said  # hardly anything stays in full precision
     modules = json.loads((tmp_path / "out" / "gptq_report.json").read_text())["modules"]
     experts = [module for module in modules if ".experts." in module["name"]]
-    starved = [module for module in experts if module["method"] == "clipped rtn"]
+    starved = [module for module in experts if module["method"] == "full-range rtn"]
     assert 0 < len(starved) < len(experts) == 24
     for module in starved:
         assert module["tokens"] * 8 < module["k"]
-        assert f"{module['name']}: clipped rtn ({module['note']})" in said
+        assert f"{module['name']}: full-range rtn ({module['note']})" in said
     packed = load_pretrained(tmp_path / "out", dtype=torch.float32)
     for module in modules:
         layer = packed.get_submodule(module["name"])

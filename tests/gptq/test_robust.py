@@ -64,19 +64,19 @@ def test_float64_when_no_damping_helps_float32(monkeypatch):
     assert attempt.loss < attempt.rtn_loss
 
 
-def test_clipped_rounding_when_nothing_helps():
+def test_full_range_rounding_when_nothing_helps():
     weight, hessian = problem()
     hessian[3, 3] = -3.0  # no second-moment matrix at all
     (attempt,) = robust.solve([weight], hessian, 200, 32)
-    assert attempt.method == "clipped rtn"
+    assert attempt.method == "full-range rtn"
     assert "with damping 1 of its mean diagonal in torch.float64" in attempt.note
-    assert torch.equal(attempt.solution.codes, solver.rtn(weight, 32, clip=True).codes)
+    assert torch.equal(attempt.solution.codes, solver.rtn(weight, 32, full_range=True).codes)
 
 
-def test_clipped_rounding_when_tokens_are_few():
+def test_full_range_rounding_when_tokens_are_few():
     weight, hessian = problem(tokens=7)
     (attempt,) = robust.solve([weight], hessian, 7, 32)
-    assert attempt.method == "clipped rtn" and attempt.note == "only 7 tokens for 64 inputs"
+    assert attempt.method == "full-range rtn" and attempt.note == "only 7 tokens for 64 inputs"
     assert robust.solve([weight], hessian, 8, 32)[0].method == "gptq"
 
 

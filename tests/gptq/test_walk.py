@@ -303,11 +303,11 @@ def test_linears_that_too_few_tokens_reach_are_rounded_and_say_so():
     _, results = quantize(model, token_samples())
     found = {r.target.name.removeprefix("model.layers.0.mlp."): r for r in results}
     spare = found["spare"]
-    assert spare.method == "clipped rtn" and spare.tokens == 0 and spare.loss is None
+    assert spare.method == "full-range rtn" and spare.tokens == 0 and spare.loss is None
     assert spare.note == "no token reached it"
-    assert torch.equal(spare.solution.codes, solver.rtn(weight.T, 32, clip=True).codes)
+    assert torch.equal(spare.solution.codes, solver.rtn(weight.T, 32, full_range=True).codes)
     starved, fed = found["rare.starved"], found["rare.fed"]
-    assert starved.method == "clipped rtn" and starved.tokens == 7
+    assert starved.method == "full-range rtn" and starved.tokens == 7
     assert starved.note == "only 7 tokens for 64 inputs" and starved.loss > 0
     assert fed.method == "gptq" and fed.tokens == 8 and fed.note is None
 
