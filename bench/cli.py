@@ -131,6 +131,10 @@ def add_quality(commands) -> None:
     parser.add_argument(
         "--only", metavar="NAME;…", help="of the rows these alone, like 'RTN;published;default'"
     )
+    parser.add_argument("--texts", choices=("usual", "other"), default="usual",
+                        help="usual: of Python's reference, and docstrings; other: calibrated with "
+                        "docstrings, judged by licences and code, by which no default was chosen "
+                        "(default: usual)")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="SECONDS",
                         help="start no row after so long; the most telling come first")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N",

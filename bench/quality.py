@@ -155,7 +155,8 @@ def run(args) -> int:
     started, deadline = time.monotonic(), time.monotonic() + (args.budget or float("inf"))
     result = {"bench": "quality", "schema": 1, **describe_run(device), "jobs": args.jobs}
     partial = args.models or args.only
-    name = "quality" + ("-quick" if args.quick else "") + ("-chosen" if partial else "")
+    texts = "" if args.texts == "usual" else f"-{args.texts}-texts"
+    name = f"quality{texts}" + "-quick" * args.quick + "-chosen" * bool(partial)
 
     def write() -> Path:
         result["rows"] = [record for book in books for record in book.records]
@@ -164,7 +165,8 @@ def run(args) -> int:
 
     pool = workers(args.jobs)
     try:
-        opened = [pool.submit(describe, model, device, args.quick) for model in models]
+        subjects = [(model, device, args.quick, args.texts) for model in models]
+        opened = [pool.submit(describe, *subject) for subject in subjects]
         books = [Book(description.result()) for description in opened]
         result["judged"] = {book.model.name: book.model.judged for book in books}
         try:
@@ -173,15 +175,15 @@ def run(args) -> int:
             print(f"bench quality: {error}", file=sys.stderr)
             return 2
         todo = [
-            [(book, (model, device, args.quick), row) for row in rows]
-            for book, model, rows in zip(books, models, chosen, strict=True)
+            [(book, subject, row) for row in rows]
+            for book, subject, rows in zip(books, subjects, chosen, strict=True)
         ]
         steps = [s for s in itertools.chain(*itertools.zip_longest(*todo)) if s]  # models in turn
         first = {book.model.name: next(r for r in book.model.rows if r.name == "default")
                  for book in books}  # fmt: skip
         running = [
-            (book, pool.submit(measure, model, row, row is first[book.model.name], deadline))
-            for book, model, row in steps
+            (book, pool.submit(measure, subject, row, row is first[book.model.name], deadline))
+            for book, subject, row in steps
         ]
         path = write()
         for book, future in running:  # in their order: later rows are compared with earlier ones

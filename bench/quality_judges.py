@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.quality_texts import domains, leading, sentences
+from bench.quality_texts import leading, sentences
 from gptq.calibration import windows
 
 WINDOW = 512  # tokens predicted together, and the unit of the bootstrap, where a model can
@@ -54,12 +54,20 @@ class LanguageJudge:
     measure, unit = "nll", "tokens"
     measures = ("nll", "kl", "top1")
 
-    def __init__(self, model: nn.Module, tokenizer, device: str, tokens: int, longest: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        device: str,
+        documents: dict[str, list[str]],
+        tokens: int,
+        longest: int,
+    ) -> None:
         self.model, self.device = model, device
         self.kept: dict[tuple[str, int], Tensor] = {}  # by domain and batch: log p of all tokens
         self.pieces = {}
-        for name, documents in domains().items():
-            cut = [w for text in documents for w in windows(text, tokenizer, longest)]
+        for name, texts in documents.items():
+            cut = [w for text in texts for w in windows(text, tokenizer, longest)]
             self.pieces[name] = [w for w in leading(cut, tokens) if w.shape[1] > 1]
 
     def size(self) -> dict[str, int]:
@@ -108,23 +116,31 @@ def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 class EncoderJudge:
-    """Embeds held-out sentences: cosine to full precision's embedding."""
+    """Embeds held-out sentences of the first domain: cosine to full precision's embedding."""
 
     measure, unit = "cosine", "sentences"
     measures = ("cosine",)
 
-    def __init__(self, model: nn.Module, tokenizer, device: str, count: int, longest: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        device: str,
+        documents: dict[str, list[str]],
+        count: int,
+        longest: int,
+    ) -> None:
         self.device = device
-        texts = sentences(held_out=True, count=count, seed=0)
-        self.pieces = encode(tokenizer, texts, longest)
+        self.domain, texts = next(iter(documents.items()))
+        self.pieces = encode(tokenizer, sentences(texts, count, seed=0), longest)
         self.reference = self._embed(model)
 
     def size(self) -> dict[str, int]:
-        return {"reference": len(self.pieces)}
+        return {self.domain: len(self.pieces)}
 
     def __call__(self, model: nn.Module) -> dict[str, Score]:
         cosine = (self._embed(model) * self.reference).sum(dim=1).double().cpu()
-        return {"reference": Score(torch.ones_like(cosine), {"cosine": cosine})}
+        return {self.domain: Score(torch.ones_like(cosine), {"cosine": cosine})}
 
     @torch.inference_mode()
     def _embed(self, model: nn.Module) -> Tensor:

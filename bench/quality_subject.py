@@ -15,7 +15,7 @@ import torch
 
 from bench.quality_judges import SENTENCES, WINDOW, EncoderJudge, LanguageJudge, Score, encode
 from bench.quality_rows import FULL, GPTQ, GROWTH, RTN, TOKENS, Row, matrix
-from bench.quality_texts import calibration_samples, glued, sentences
+from bench.quality_texts import calibration_samples, glued, sentences, texts
 from gptq import export, grid, solver, walk
 from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, Plan, make_plan
 from marlin.layer import dense_weight
@@ -55,8 +55,9 @@ def group_sizes(model) -> list[int]:
 class Subject:
     """One model to quantize again and again, what with, and its judge."""
 
-    def __init__(self, source: str, device: str, quick: bool) -> None:
-        self.device, self.quick = device, quick
+    def __init__(self, source: str, device: str, quick: bool, which: str = "usual") -> None:
+        """which: of ``quality_texts.TEXTS``."""
+        self.device, self.quick, self.texts = device, quick, texts(which)
         self.name = Path(source).stem if source.endswith(".gguf") else _model_name(source)
         self.model = export.load_model(source, torch.float32)
         self.tokenizer = export.load_tokenizer(source)
@@ -65,10 +66,14 @@ class Subject:
         self.language = self.model.get_output_embeddings() is not None
         if self.language:
             tokens = QUICK_TOKENS if quick else JUDGED_TOKENS
-            self.judge = LanguageJudge(full, self.tokenizer, device, tokens, self.longest)
+            self.judge = LanguageJudge(
+                full, self.tokenizer, device, self.texts.judged, tokens, self.longest
+            )
             self.amount, self.growth = TOKENS, GROWTH
         else:
-            self.judge = EncoderJudge(full, self.tokenizer, device, SENTENCES, self.longest)
+            self.judge = EncoderJudge(
+                full, self.tokenizer, device, self.texts.judged, SENTENCES, self.longest
+            )
             self.amount, self.growth = SENTENCES_CALIBRATION, SENTENCES_GROWTH
         if quick:
             self.amount //= 8
@@ -83,11 +88,14 @@ class Subject:
         """So many tokens, or sentences for an encoder; None: all there are."""
         key = row.seed, row.tokens
         if key not in self.samples:
+            documents = self.texts.calibration
             if self.language:
-                found = calibration_samples(self.tokenizer, row.tokens, self.longest, row.seed)
+                found = calibration_samples(
+                    documents, self.tokenizer, row.tokens, self.longest, row.seed
+                )
             else:
-                texts = sentences(held_out=False, count=row.tokens, seed=row.seed)
-                found = encode(self.tokenizer, texts, self.longest)
+                chosen = sentences(documents, row.tokens, row.seed)
+                found = encode(self.tokenizer, chosen, self.longest)
             self.samples[key] = found
         samples = self.samples[key]
         return glued(samples, self.longest) if row.glued else samples

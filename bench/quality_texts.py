@@ -1,9 +1,11 @@
 """Text that every machine has, for `quality`: what it is calibrated with, what it is judged by."""
 
 import ast
+import functools
 import random
 import re
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 from gptq import calibration
 
 SHORTEST_DOCUMENT = 2000  # characters of docstrings that make a module a document
+CODE_LENGTH = 4000  # characters of a module
+LICENCES = Path("/usr/share/common-licenses")
+LICENCE_NAMES = ("Apache-2.0", "Artistic", "GPL-3", "MPL-2.0")
 
 
 def docstrings() -> list[str]:
@@ -30,26 +35,59 @@ def docstrings() -> list[str]:
     return documents
 
 
-def domains() -> dict[str, list[str]]:
-    """Held-out documents by domain, always in the same random order.
+def code() -> list[str]:
+    """How some of the standard library's modules begin."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::8]
+    return [path.read_text(encoding="utf-8", errors="replace")[:CODE_LENGTH] for path in paths]
 
-    reference: topics of Python's reference that calibration does not see, whose others it does.
-    docstrings: the standard library's, which calibration never sees.
-    """
-    found = {"reference": calibration.pydoc_topics(held_out=True), "docstrings": docstrings()}
-    for documents in found.values():
+
+def licences() -> list[str]:
+    return [(LICENCES / name).read_text(encoding="utf-8") for name in LICENCE_NAMES]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a model is calibrated with, and what it is judged by: documents by domain."""
+
+    calibration: list[str]
+    judged: dict[str, list[str]]
+
+
+def usual_texts() -> Texts:
+    """Calibrates with topics of Python's reference; judges by its others, and by the standard
+    library's docstrings, which calibration never sees."""
+    return Texts(
+        calibration.pydoc_topics(held_out=False),
+        {"reference": calibration.pydoc_topics(held_out=True), "docstrings": docstrings()},
+    )
+
+
+def other_texts() -> Texts:
+    """Nothing of what the quantizer's defaults were chosen by but the docstrings, which calibrate
+    now. Needs Debian's /usr/share/common-licenses."""
+    return Texts(docstrings(), {"licences": licences(), "code": code()})
+
+
+TEXTS = {"usual": usual_texts, "other": other_texts}
+
+
+@functools.cache
+def texts(name: str) -> Texts:
+    """Of TEXTS; what judges always in the same random order."""
+    found = TEXTS[name]()
+    for documents in found.judged.values():
         random.Random(0).shuffle(documents)
     return found
 
 
-def calibration_samples(tokenizer, tokens: int | None, seqlen: int, seed: int) -> list[Tensor]:
-    """Samples of the reference's other topics, drawn by ``seed``: int64 (1, ≤ seqlen) each.
+def calibration_samples(
+    documents: list[str], tokenizer, tokens: int | None, seqlen: int, seed: int
+) -> list[Tensor]:
+    """Samples drawn by ``seed``: int64 (1, ≤ seqlen) each.
 
     The last one is cut so that they hold ``tokens`` tokens; None: all there are.
     """
-    pieces = calibration.samples(
-        calibration.pydoc_topics(held_out=False), tokenizer, 10**9, seqlen, seed
-    )
+    pieces = calibration.samples(documents, tokenizer, 10**9, seqlen, seed)
     return pieces if tokens is None else leading(pieces, tokens)
 
 
@@ -69,10 +107,10 @@ def glued(pieces: list[Tensor], seqlen: int) -> list[Tensor]:
     return list(torch.cat(pieces, dim=1).split(seqlen, dim=1))
 
 
-def sentences(held_out: bool, count: int, seed: int) -> list[str]:
-    """``count`` distinct sentences of 20 to 300 characters from Python's reference, or all."""
+def sentences(documents: list[str], count: int, seed: int) -> list[str]:
+    """``count`` distinct sentences of 20 to 300 characters, or all."""
     found = set()
-    for text in calibration.pydoc_topics(held_out):
+    for text in documents:
         for sentence in re.split(r"(?<=[.!?:])\s+|\n\n", text):
             sentence = " ".join(sentence.split())
             if 20 <= len(sentence) <= 300 and " " in sentence:

@@ -33,6 +33,15 @@ def directories(tmp_path_factory):
     return [str(folder / name) for name in ("llama", "bert")]
 
 
+@pytest.fixture
+def drawn():
+    """Calibration samples by their seed."""
+    documents = quality_texts.texts("usual").calibration
+    return lambda seed: quality_texts.calibration_samples(
+        documents, models.tokenizer(), 1000, 96, seed
+    )
+
+
 def test_a_quick_run_of_both_kinds(directories, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_subject, "QUICK_TOKENS", 300)
     monkeypatch.setattr(quality_subject, "SENTENCES", 12)
@@ -66,7 +75,9 @@ def test_no_time_means_no_rows_but_a_result(directories, tmp_path):
 
 def test_the_judge_scores_as_a_loop_over_tokens_would():
     model, other = models.build("llama"), models.build("llama", seed=1)
-    judge = LanguageJudge(model, models.tokenizer(), "cpu", 200, 64)
+    judge = LanguageJudge(
+        model, models.tokenizer(), "cpu", quality_texts.texts("usual").judged, 200, 64
+    )
     judge.pieces = {"text": [piece[:, :20] for piece in judge.pieces["reference"][:1]]}
     judge.pieces["text"].append(judge.pieces["text"][0][:, :7])  # padded beside the longer one
     score = judge(other)["text"]
@@ -165,17 +176,22 @@ def test_the_readme_shows_the_main_rows_whatever_else_was_measured():
 
 
 def test_held_out_text_is_held_out():
-    domains = quality_texts.domains()
-    assert set(domains) == {"reference", "docstrings"}
-    assert sorted(domains["reference"]) == sorted(calibration.pydoc_topics(held_out=True))
-    tokens = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=0)
-    assert sum(piece.numel() for piece in tokens) == 1000
-    other = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=1)
-    assert not torch.equal(tokens[0], other[0])
+    usual, other = quality_texts.texts("usual"), quality_texts.texts("other")
+    assert sorted(usual.judged["reference"]) == sorted(calibration.pydoc_topics(held_out=True))
+    for texts, domains in ((usual, {"reference", "docstrings"}), (other, {"licences", "code"})):
+        assert set(texts.judged) == domains and all(texts.judged.values())
+        for documents in texts.judged.values():
+            assert not set(documents) & set(texts.calibration)
+    assert sorted(other.calibration) == sorted(usual.judged["docstrings"])
 
 
-def test_glued_documents_are_the_same_tokens_in_windows_of_one_length():
-    pieces = quality_texts.calibration_samples(models.tokenizer(), 1000, 96, seed=0)
+def test_calibration_is_drawn_by_the_seed(drawn):
+    assert sum(piece.numel() for piece in drawn(0)) == 1000
+    assert not torch.equal(drawn(0)[0], drawn(1)[0])
+
+
+def test_glued_documents_are_the_same_tokens_in_windows_of_one_length(drawn):
+    pieces = drawn(0)
     windows = quality_texts.glued(pieces, 96)
     assert torch.equal(torch.cat(windows, dim=1), torch.cat(pieces, dim=1))
     assert {window.shape[1] for window in windows[:-1]} == {96}
@@ -210,3 +226,13 @@ def test_rows_can_be_chosen(directories, tmp_path, capsys):
     assert names == ["full precision", "RTN"]
     assert cli.main([*argv, "--only", "none"]) == 2
     assert "bench quality: --only: expected" in capsys.readouterr().err
+
+
+def test_other_texts_calibrate_and_judge(directories, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_subject, "QUICK_TOKENS", 300)
+    monkeypatch.setattr(quality_subject, "SENTENCES", 12)
+    argv = ["quality", "--quick", "--texts", "other", "--only", "RTN", "--out", str(tmp_path)]
+    assert cli.main([*argv, "--models", ",".join(directories)]) == 0
+    (path,) = tmp_path.glob("*/quality-other-texts-quick-chosen.json")
+    llama, bert = json.loads(path.read_text())["judged"].values()
+    assert set(llama) == {"licences", "code"} and set(bert) == {"licences"}
