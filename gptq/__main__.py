@@ -8,6 +8,16 @@ import sys
 # threads that sleep. Must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from .cli import main
+try:
+    from .cli import main
+except ModuleNotFoundError as error:
+    if error.name != "transformers":  # the one that `pip install marlin` does not bring along
+        raise
+    print(
+        "marlin: error: expected the package transformers, found none; "
+        'pip install "marlin[gptq]" brings it along',
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 sys.exit(main())

@@ -72,9 +72,9 @@ def samples(
     """Cut documents into samples, shuffle, keep some: a list of int64 (1, length).
 
     tokenizer: any Hugging Face tokenizer; the special tokens it puts around a text go around every
-    sample. nsamples, tokens: as many samples, or as hold that many tokens, whichever is reached
-    first; None for no limit. Fewer come back when the text has no more; a text too short for one
-    sample raises ValueError.
+    sample. nsamples, tokens: as many samples, or as hold that many tokens, for which the last one
+    is cut, whichever is reached first; None for no limit. Fewer come back when the text has no
+    more; a text too short for one sample raises ValueError.
     """
     pieces = [piece for text in documents for piece in windows(text, tokenizer, seqlen)]
     shortest = min(SHORTEST_SAMPLE, seqlen)
@@ -85,12 +85,14 @@ def samples(
             f"got at most {max(piece.shape[1] for piece in pieces)}"
         )
     random.Random(seed).shuffle(fitting)
-    kept, count = [], 0
+    if tokens is None:
+        return fitting[:nsamples]
+    kept, room = [], tokens
     for piece in fitting[:nsamples]:
-        if tokens is not None and count >= tokens:
+        if room <= 0:
             break
-        kept.append(piece)
-        count += piece.shape[1]
+        kept.append(piece[:, :room])
+        room -= piece.shape[1]
     return kept
 
 

@@ -13,12 +13,13 @@ import torch
 from tqdm import tqdm
 
 from marlin.convert import check_device
+from marlin.shards import recover, some
 
 from . import calibration, evaluate, export, memory, report, run, walk
 from .options import DTYPES, add_eval, add_quantize, solver_options
 from .phases import Phases, phase
 from .plan import PER_COLUMN, Plan, make_plan
-from .resume import Store, finished
+from .resume import FOLDER, Store, finished
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,9 +72,9 @@ def run_quantize(args: argparse.Namespace) -> None:
     checkpoint that marlin.load_pretrained reads. Output head and embeddings stay as they are.
     One layer at a time is in memory, and each is safe on disk when it is done: --resume goes on
     after an interruption."""
-    if args.out.exists() and args.out.resolve() == Path(args.model).resolve():
-        raise ValueError(f"--out: expected another directory than the model's, got {args.out}")
+    check_apart(args.out, Path(args.model))
     check_writable(args.out)
+    check_free(args)
     config = export.load_config(args.model)
     skeleton = export.skeleton(args.model, config)
     plan = make_plan(skeleton, args.group_size, args.skip)
@@ -147,11 +148,33 @@ def run_quantize(args: argparse.Namespace) -> None:
     print_outcome(outcome, args.out)
 
 
+def check_apart(out: Path, model: Path) -> None:
+    """Raises ValueError where the checkpoint would be among the model's own files."""
+    inner, outer = out.resolve(), model.resolve()
+    if outer.is_dir() and (inner == outer or outer in inner.parents):
+        raise ValueError(f"--out: expected another directory than the model's, got {out}")
+
+
 def check_writable(out: Path) -> None:
     """Raises ValueError where no directory can be made; leaves nothing behind."""
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out: expected a directory that can be written, got {out}")
+
+
+def check_free(args: argparse.Namespace) -> None:
+    """Raises ValueError for a directory with something in it that is not to be replaced."""
+    if not args.out.exists():
+        return
+    recover(args.out)
+    names = {path.name for path in args.out.iterdir()}
+    ours = (args.resume or args.restart) and names & {FOLDER, report.FILE}
+    others = names - {FOLDER}  # of which the store takes care
+    if others and not (ours or args.overwrite):
+        raise ValueError(
+            f"--out: expected a directory that is new or empty, found {some(others)} in "
+            f"{args.out}; --overwrite replaces the checkpoint there"
+        )
 
 
 def draw_samples(args: argparse.Namespace, tokenizer, plan: Plan, config) -> list[torch.Tensor]:
@@ -254,7 +277,8 @@ def load_tokenizer_if_any(args: argparse.Namespace):
     """The tokenizer to calibrate with and to store; rounding does without where there is none."""
     try:
         return export.load_tokenizer(args.model)
-    except export.ModelError:
+    except export.ModelError as error:
         if args.method == "gptq":
             raise
+        print(f"The checkpoint will have no tokenizer: {error}")
         return None

@@ -13,11 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from marlin.checkpoint import load_pretrained, save_pretrained
 from marlin.experts import take_apart
 from marlin.layer import MarlinLinear, dense_layers
+from marlin.shards import CONFIG, PICKLES, read_index, read_json, some
 
 from . import memory
 from . import report as report_of
 from .resume import pack, write_whole
 from .walk import Result
+
+ADAPTER = "adapter_model.bin"
+SAFETENSORS = "expected weights in safetensors files"
+CONVERT = "pickles are not read: convert them to safetensors first"
 
 
 class ModelError(ValueError):
@@ -26,11 +31,15 @@ class ModelError(ValueError):
 
 def load_config(source: str):
     """The configuration of a directory, hub id or .gguf file. Raises ModelError."""
+    location = _location(source)
+    path = Path(source) / CONFIG
     try:
-        return AutoConfig.from_pretrained(**_location(source))
-    except (OSError, ValueError) as error:
+        if path.is_file():
+            read_json(path)  # says of a bad one what is wrong with it
+        return AutoConfig.from_pretrained(**location)
+    except Exception as error:  # whatever a configuration class makes of a bad file
         raise ModelError(
-            f"{source}: expected a model directory, a hub id or a .gguf file; {_first_line(error)}"
+            f"{source}: expected a model directory, a hub id or a .gguf file; {_reason(error)}"
         ) from error
 
 
@@ -54,9 +63,14 @@ def skeleton(source: str, config) -> PreTrainedModel:
     if method not in (None, "gguf"):  # transformers dequantizes GGUF while reading
         raise ModelError(f"{source}: expected a full-precision model, got quant_method {method!r}")
     cls = _model_class(source, config)
-    with torch.device("meta"):
-        make = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
-        model = make(copy.deepcopy(config)).eval()
+    make = cls.from_config if cls is AutoModelForCausalLM else cls._from_config
+    try:
+        with torch.device("meta"):
+            model = make(copy.deepcopy(config)).eval()
+    except Exception as error:  # likewise
+        raise ModelError(
+            f"{source}: config.json does not describe a {cls.__name__}: {_reason(error)}"
+        ) from error
     take_apart(model)
     return model
 
@@ -64,16 +78,30 @@ def skeleton(source: str, config) -> PreTrainedModel:
 def load_model(
     source: str, dtype: torch.dtype | None = None, *, apart: bool = False
 ) -> PreTrainedModel:
-    """A model on the CPU, in ``dtype`` or as stored, ready for inference. Raises ModelError.
+    """A model on the CPU, in ``dtype`` or as stored, ready for inference.
 
     As stored, the weights of a safetensors checkpoint stay in their files until they are touched.
     apart: give each expert of a mixture linear layers of its own, to quantize.
+    Raises ModelError for files that are damaged, that lack weights or have some of other shapes
+    than the configuration says, and for pickles.
     """
-    cls = _model_class(source, load_config(source))
+    config = load_config(source)
+    cls = _model_class(source, config)
+    _refuse_pickles(source, config)
     try:
-        model = cls.from_pretrained(**_location(source), dtype=dtype or "auto").eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{source}: {_first_line(error)}") from error
+        model, told = cls.from_pretrained(
+            **_location(source),
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of like missing ones, rather than raised
+        )
+    except Exception as error:  # a dozen unrelated types, of safetensors and the model's class too
+        # Of a hub's repository without safetensors files, it says to leave out that argument.
+        reason = f"{SAFETENSORS}; {CONVERT}" if "use_safetensors" in str(error) else _reason(error)
+        raise ModelError(f"{source}: {reason}") from error
+    _refuse_other_weights(source, told)
+    model.eval()
     if apart:
         take_apart(model)
     return model
@@ -90,8 +118,8 @@ def load_tokenizer(source: str):
     """The model's tokenizer. Raises ModelError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_location(source))
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{source}: no tokenizer; {_first_line(error)}") from error
+    except Exception as error:  # of the tokenizers package too, which has no type for its own
+        raise ModelError(f"{source}: no tokenizer; {_reason(error)}") from error
     if "gguf_file" in _location(source):
         # Of a GGUF file's special tokens, transformers gets the configuration's right but may
         # give the tokenizer the begin token as its end token.
@@ -155,7 +183,7 @@ def identity(source: str, config) -> dict:
     path = Path(source)
     if not path.exists():
         return {"source": source, "commit": getattr(config, "_commit_hash", None)}
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    files = sorted(path.glob("*.safetensors"))
     stats = {file.name: file.stat() for file in ([path] if path.is_file() else files)}
     return {
         "source": str(path.resolve()),
@@ -168,9 +196,48 @@ def _model_class(source: str, config):
     if not config.architectures:  # a GGUF file does not say
         return AutoModelForCausalLM
     cls = getattr(transformers, config.architectures[0], None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ModelError(f"{source}: transformers has no model {config.architectures[0]!r}")
     return cls
+
+
+def _refuse_pickles(source: str, config) -> None:
+    """Where transformers would read one, or find nothing else. Raises ModelError or, of an index,
+    CheckpointError."""
+    directory = Path(source)
+    # transformers reads it whatever the arguments say, as an adapter or where config.json names it.
+    if ADAPTER in (getattr(config, "transformers_weights", None), *_names(directory, ADAPTER)):
+        raise ModelError(f"{source}: {SAFETENSORS}, found {ADAPTER}; {CONVERT}")
+    if not directory.is_dir():
+        return
+    if not _names(directory, "*.safetensors"):
+        pickles = [name for kind in PICKLES for name in _names(directory, kind)]
+        found = f"{some(pickles)}; {CONVERT}" if pickles else "none"
+        raise ModelError(f"{source}: {SAFETENSORS}, found {found}")
+    read_index(directory)  # may name files of that kind only
+
+
+def _names(directory: Path, pattern: str) -> list[str]:
+    return [path.name for path in directory.glob(pattern)]
+
+
+def _refuse_other_weights(source: str, told: dict) -> None:
+    """transformers makes up weights that it lacks. Raises ModelError with some of their names."""
+    wrong = []
+    if missing := told["missing_keys"]:
+        wrong.append(f"missing: {some(missing)}")
+    if shapes := told["mismatched_keys"]:
+        wrong.append(
+            "of another shape: "
+            + some(
+                f"{name} {tuple(found)} rather than {tuple(expected)}"
+                for name, found, expected in shapes
+            )
+        )
+    if wrong:
+        raise ModelError(
+            f"{source}: expected the weights that its configuration describes; {'; '.join(wrong)}"
+        )
 
 
 def _location(source: str) -> dict:
@@ -186,5 +253,12 @@ def _location(source: str) -> dict:
     return {"pretrained_model_name_or_path": source}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """The first line of what it says, and those that lines with a colon at their end announce."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # which is but the key
+    reason = ""
+    for line in text.strip().splitlines():
+        reason += line.strip() + " "
+        if not reason.endswith(": "):
+            break
+    return reason.strip() or type(error).__name__

@@ -29,7 +29,10 @@ MODEL_HELP = "a directory, a Hugging Face hub id, or a .gguf file"
 def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="where the checkpoint is to be"
+        "--out", required=True, type=Path, metavar="DIR", help="a directory, new or empty"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that DIR has"
     )
     add_device(parser)
 
@@ -99,7 +102,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         help="go on after the last layer that an interrupted run with the same settings finished",
     )
     again.add_argument(
-        "--restart", action="store_true", help="throw away what an interrupted run finished"
+        "--restart", action="store_true", help="throw away what an earlier run finished"
     )
     trouble.add_argument(
         "--skip-bad-samples",
@@ -154,7 +157,7 @@ def add_solver_options(group) -> None:
         else:
             group.add_argument(
                 f"--{option}",
-                type=type(default),
+                type=TYPES.get(name, type(default)),
                 default=default,
                 choices=CHOICES.get(name),
                 help=f"{SOLVER_HELP[name]} (default: %(default)s)",
@@ -174,3 +177,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
+
+
+def damping(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= solver.MAX_DAMPING:
+        raise argparse.ArgumentTypeError(f"expected 0 to {solver.MAX_DAMPING:g}, got {text}")
+    return value
+
+
+def sweeps(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+TYPES = {"damping": damping, "sweeps": sweeps}  # of options that not every number will do for

@@ -78,7 +78,8 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
     belong to no linear layer stay full precision, as does a k that no group size divides.
     skip: shell patterns of dotted names to leave alone too.
     Raises GroupSizeError when group_size fails on a layer that another group size would take, and
-    ValueError when nothing at all can be quantized.
+    ValueError for a pattern that no linear layer's name matches, and when nothing at all can be
+    quantized.
     """
     if group_size not in (PER_COLUMN, *GROUP_SIZES):
         raise ValueError(f"group_size: expected one of -1, 32, 64, 128, got {group_size}")
@@ -86,11 +87,11 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
     blocks = list(find_blocks(model))
     plan = Plan(group_size, blocks, [[] for _ in blocks])
     misfits: list[Target] = []
-    seen = set()
+    names: dict[nn.Module, str] = {}
     for dense in dense_layers(model):
-        if dense.module in seen:  # hangs in several places: its first name stands for all
+        if dense.module in names:  # hangs in several places: its first name stands for all
             continue
-        seen.add(dense.module)
+        names[dense.module] = dense.name
         target = Target(dense.name, *dense_weight(dense.module).shape)
         inside = (i for i, b in enumerate(blocks) if f"{dense.name}.".startswith(f"{b}."))
         block = next(inside, None)
@@ -106,10 +107,15 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
             plan.kept[target.name] = f"no group size divides k = {target.k}, only -1 would do"
         else:
             plan.kept[target.name] = f"k = {target.k} is not a multiple of {TILE_ROWS}"
+    for pattern in skip:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names.values()):
+            raise ValueError(
+                f"skip: expected a pattern that some linear layer's name matches, got {pattern!r}"
+            )
     if misfits:
         raise GroupSizeError(_misfit_message(group_size, misfits, plan.all_targets()))
     for name, module in model.named_modules():
-        if module not in seen and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        if module not in names and any(p.dim() > 1 for p in module.parameters(recurse=False)):
             plan.kept[name] = _why_kept(module)
     if not any(plan.targets):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.kept.items())

@@ -58,7 +58,8 @@ def markdown(run: dict) -> str:
             "Peak: GPU memory since the layers before it were done."
             if run["peak_bytes"]
             else "Peak: host memory of the whole process since it began, mapped files included."
-        ),
+        )
+        + " Seconds: linears that read one input are solved together, and have shares by size.",
         "",
         "| layer | k × n | method | loss | rounding's | damping | tokens | seconds | peak | note |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -2,12 +2,14 @@
 
 ``OUT/.unfinished`` holds ``manifest.json``, which pins the model, the options and the calibration,
 and ``layer-00000.safetensors`` and so on: the packed weights of one decoder layer each (``X.B`` and
-``X.s`` of DESIGN §2.3), and in the file's metadata how every one of them went. A file gets its name
-when it is complete, so killing the process at any moment leaves whole layers only. The final
+``X.s`` of DESIGN §2.3), and in the file's metadata how every one of them went, and the manifest's
+digest: layers of another run, should any be left, are not taken for this one's. A file gets its
+name when it is complete, so killing the process at any moment leaves whole layers only. The final
 checkpoint is written from these files, mapped rather than read: host memory never holds all of it.
 Its report has the pins by the time that the folder goes, so that a finished run is known as one.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,7 +32,7 @@ from .walk import Done, Result
 
 FOLDER = ".unfinished"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class ResumeError(ValueError):
@@ -67,9 +69,10 @@ class Store:
                 f"{self.folder}: expected the settings of the run that began there; "
                 f"{differences}. The same settings go on, --restart starts over"
             )
+        self._manifest = json.dumps(pins, indent=1, sort_keys=True) + "\n"
+        self._digest = hashlib.sha256(self._manifest.encode()).hexdigest()
         self.begun = left > 0  # by an earlier run
         self.count = self._finished() if left else 0  # layers that need no more work
-        self._manifest = json.dumps(pins, indent=1) + "\n"
 
     @property
     def done(self) -> Done:
@@ -78,11 +81,16 @@ class Store:
 
     def write(self, index: int, results: list[Result], packed: dict[str, Tensor]) -> None:
         """Keep a finished layer. packed: from ``pack_all``."""
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-        if index == 0:  # what an earlier run left without finishing a layer may be another's
+        if index == 0:  # what lies there is of no use to this run, and may be another's
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # as in remove
+            for layer in self.folder.glob("layer-*.safetensors"):
+                layer.unlink()
             write_whole(self.folder / MANIFEST, lambda path: path.write_text(self._manifest))
-        metadata = {"modules": json.dumps([report.module(result) for result in results])}
+        metadata = {
+            "manifest": self._digest,
+            "modules": json.dumps([report.module(result) for result in results]),
+        }
         write_whole(self._path(index), lambda path: save_file(packed, path, metadata))
 
     def layers(self, index: int, model: nn.Module) -> dict[str, MarlinLinear]:
@@ -120,12 +128,13 @@ class Store:
         return self.folder / f"layer-{index:05d}.safetensors"
 
     def _finished(self) -> int:
-        """How many layers from the first on are there, whole."""
+        """How many layers from the first on are there, whole and of a run with this manifest."""
         for index, targets in enumerate(self.plan.targets):
             expected = {f"{target.name}.{part}" for target in targets for part in "Bs"}
             try:
                 with safe_open(self._path(index), framework="pt") as file:
-                    if set(file.keys()) != expected:
+                    digest = (file.metadata() or {}).get("manifest")
+                    if set(file.keys()) != expected or digest != self._digest:
                         return index
             except (OSError, SafetensorError):  # not there, or the machine went down in between
                 return index

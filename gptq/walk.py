@@ -35,7 +35,7 @@ class Result:
     rtn_loss: float | None = None  # the same for plain rounding
     tokens: int = 0
     dead_inputs: int = 0  # inputs that were zero for every token
-    seconds: float = 0.0
+    seconds: float = 0.0  # of what is solved together, its share by outputs
     peak_bytes: int | None = None  # of GPU memory since the linears before it were done
     note: str | None = None  # why it is not GPTQ on the device asked for
     peak_host_bytes: int | None = None  # of the process's memory since it began, see memory.py
@@ -200,12 +200,13 @@ def _solve(
             attempts = robust.solve(
                 weights, moments, tokens, group_size, make_room=make_room, **options
             )
-    seconds = (time.perf_counter() - started) / len(targets)
+    seconds = time.perf_counter() - started
+    outputs = sum(target.n for target in targets)
     peak, host = memory.peaks(travellers.device)
     for target, attempt in zip(targets, attempts, strict=True):
         yield Result(
             target, attempt.solution, attempt.method, attempt.loss, attempt.rtn_loss,
-            tokens, dead, seconds, peak, memory.both(note, attempt.note), host,
+            tokens, dead, seconds * target.n / outputs, peak, memory.both(note, attempt.note), host,
         )  # fmt: skip
 
 

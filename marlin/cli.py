@@ -21,6 +21,14 @@ from somebody's GPTQ, AWQ or compressed-tensors checkpoint, and back:
 
 `marlin COMMAND --help` says more about each.
 """
+# As `python -m PACKAGE`, but without the current directory among the places that modules come from:
+# it may be somebody's checkpoint, with a gptq/ or a tqdm.py in it. (`python -P` is of Python 3.11.)
+START = """\
+import sys
+sys.path = [place for place in sys.path if place]
+import runpy
+runpy.run_module({package!r}, run_name="__main__", alter_sys=True)
+"""
 # Commands of packages that have a command line of their own.
 ELSEWHERE = {
     "quantize": ("gptq", "round a model's linear layers to 4 bits and write a checkpoint"),
@@ -139,7 +147,7 @@ def add_elsewhere(commands) -> None:
 def run_elsewhere(argv: list[str]) -> int:
     """`marlin quantize …` as `python -m gptq quantize …`, `marlin bench …` as `python -m bench …`.
 
-    In a new process, because gptq sets how OpenMP's threads wait before torch is loaded.
+    In a new process, because gptq sets how OpenMP's threads wait before torch is loaded. See START.
     """
     from marlin import ops  # noqa: F401  # raises here, in one line, if the operators do not load
 
@@ -152,11 +160,12 @@ def run_elsewhere(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    paths = [str(root), os.environ.get("PYTHONPATH", "")]
+    # An empty part would be the current directory once more.
+    paths = [str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     rest = argv[1:] if package == argv[0] else argv
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", package, *rest])
+    os.execv(sys.executable, [sys.executable, "-c", START.format(package=package), *rest])
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -139,6 +139,50 @@ def test_commands_that_lie_elsewhere(command, expected, tmp_path):
     assert result.stdout.startswith(f"usage: marlin {command} ")
 
 
+def trap(folder):
+    """A checkpoint's folder as it may come: with Python files that `marlin` must not run."""
+    for name in ("gptq/__init__.py", "bench/__init__.py", "tqdm.py", "runpy.py", "torch.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"open({str(folder / 'SPRUNG')!r}, 'w').close()\n")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_the_current_directory_is_no_place_for_modules(command, tmp_path):
+    folder = trap(tmp_path / "checkpoint")
+    script = tmp_path / "bin" / "marlin"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom marlin.cli import main\nsys.exit(main())\n")  # as pip does
+    result = subprocess.run(
+        [sys.executable, script, command, "--help"], capture_output=True, text=True,
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert not (folder / "SPRUNG").exists()
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: marlin {command} ")
+
+
+def test_nor_is_an_empty_part_of_the_path(monkeypatch, tmp_path):
+    began = []
+    monkeypatch.setattr(os, "execv", lambda program, argv: began.append((program, argv)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(tmp_path), ""]))
+    cli.main(["eval", "a model", "--json"])
+    ((program, argv),) = began
+    assert program == argv[0] == sys.executable and argv[-3:] == ["eval", "a model", "--json"]
+    assert os.environ["PYTHONPATH"] == os.pathsep.join([str(ROOT), str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_without_transformers_a_line_says_what_to_install(command, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['transformers'] = None\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "marlin", command, "--help"], capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("marlin: error: ") and 'pip install "marlin[gptq]"' in line
+
+
 PROGRAMS = {
     "info": cli.main, "convert": cli.main, "quantize": gptq_cli.main, "eval": gptq_cli.main,
     "bench": lambda argv: bench_cli.main(argv[1:]),

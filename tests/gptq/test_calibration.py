@@ -78,9 +78,14 @@ def test_as_many_tokens_as_asked_for_and_no_sample_more(tokenizer):
     documents = calibration.read_documents("pydoc")[:10]
     everything = calibration.samples(documents, tokenizer, None, 48)
     drawn = calibration.samples(documents, tokenizer, None, 48, tokens=500)
-    counts = [sample.numel() for sample in drawn]
-    assert sum(counts) >= 500 > sum(counts[:-1])
-    assert all(torch.equal(a, b) for a, b in zip(drawn, everything, strict=False))
+    assert sum(sample.numel() for sample in drawn) == 500
+    for sample, piece in zip(drawn[:-1], everything, strict=False):
+        assert torch.equal(sample, piece)
+    whole = everything[len(drawn) - 1]
+    assert 0 < drawn[-1].numel() < whole.numel()  # cut
+    assert torch.equal(drawn[-1], whole[:, : drawn[-1].numel()])
+    (one,) = calibration.samples(documents, tokenizer, None, 48, tokens=everything[0].numel())
+    assert torch.equal(one, everything[0])
     assert len(calibration.samples(documents, tokenizer, 3, 48, tokens=500)) == 3
     assert len(calibration.samples(documents, tokenizer, None, 48, tokens=10**9)) == len(everything)
 

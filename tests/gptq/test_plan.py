@@ -107,6 +107,14 @@ def test_skipped_layers_stay_and_unblock_a_group_size():
     assert plan.kept["model.layers.0.self_attn.q_proj"] == "skipped on request"
 
 
+def test_a_pattern_that_matches_nothing_is_an_error():
+    """Also where the layer that was meant fits no group size; what stays anyway may be named."""
+    for skip in (["*.down_proj", "*.dwn_proj"], ["*.dwn_proj"]):
+        with pytest.raises(ValueError, match=r"^skip: .* got '\*\.dwn_proj'$"):
+            make_plan(llama(), 64, skip=skip)
+    assert len(make_plan(llama(), 32, skip=["lm_head"]).all_targets()) == 3 * 7
+
+
 def test_a_layer_that_hangs_in_two_places_is_one_target():
     model = build("llama")
     model.model.layers[1].mlp.gate_proj = model.model.layers[0].mlp.gate_proj

@@ -44,13 +44,13 @@ def quantize(work, out, *more):
     return cli.main(arguments(work, out, *more))
 
 
-def killed(work, out, sabotage) -> None:
+def killed(work, out, sabotage, *more) -> None:
     """Run in a child process that ``sabotage`` has prepared to kill itself at some moment."""
     child = os.fork()
     if child == 0:
         try:
             sabotage()
-            quantize(work, out)
+            quantize(work, out, *more)
         finally:  # it should be dead by now
             os._exit(77)
     _, status = os.waitpid(child, 0)
@@ -268,6 +268,60 @@ def test_layers_of_another_plan_are_not_taken_for_its_own(tmp_path):
         store(["0.b", "1.a"], resume=True)
     assert store(["0.a", "1.a"], resume=True).count == 2
     assert store(["0.b", "1.a"], restart=True).count == 0
+
+
+def store_of(tmp_path, pins, **more):
+    targets = [[Target(f"{index}.a", 64, 64)] for index in range(LAYERS)]
+    plan = Plan(32, [str(index) for index in range(LAYERS)], targets)
+    return resume.Store(tmp_path, plan, pins, **more)
+
+
+def write(store, *indices):
+    for index in indices:
+        result = Result(store.plan.targets[index][0], solver.rtn(torch.randn(64, 64), 32), "rtn")
+        store.write(index, [result], resume.pack_all([result])[0])
+
+
+def test_layers_of_a_run_with_other_settings_are_not_taken_for_its_own(tmp_path):
+    """Left by a process that was killed while it removed them, or written by another one since."""
+    before = store_of(tmp_path, {"damping": 0.5})
+    write(before, 0, 1, 2)
+    layers = [(path.name, path.read_bytes()) for path in before.folder.glob("layer-*")]
+    (before.folder / resume.MANIFEST).unlink()  # what goes first
+    now = store_of(tmp_path, {"damping": 0.01})
+    assert (now.begun, now.count) == (False, 0)
+    write(now, 0)
+    assert len(list(now.folder.glob("layer-*"))) == 1  # theirs are gone
+    for name, content in layers[::-1]:
+        if name != "layer-00000.safetensors":
+            (now.folder / name).write_bytes(content)
+    assert store_of(tmp_path, {"damping": 0.01}, resume=True).count == 1
+    write(now, 1)
+    assert store_of(tmp_path, {"damping": 0.01}, resume=True).count == 2
+
+
+def test_two_runs_killed_one_after_the_other_are_not_mixed(work, capsys):
+    """The first while it removes its layers, the second, of other settings, after one of its own.
+    Going on gives what the second alone would have given."""
+
+    def while_the_first_is_removed():
+        remove = shutil.rmtree
+        shutil.rmtree = lambda path, **options: (
+            die() if path.name == resume.FOLDER else remove(path, **options)
+        )
+
+    def after_a_layer():
+        resume.Store.write = calls_before(1, resume.Store.write)
+
+    killed(work, "mixed", while_the_first_is_removed, "--damping", "0.5")
+    shutil.copytree(work / "mixed" / resume.FOLDER, work / "mixed_left")
+    assert not (work / "mixed_left" / resume.MANIFEST).exists()
+    assert len(list((work / "mixed_left").iterdir())) == LAYERS
+    killed(work, "mixed", after_a_layer, "--overwrite")
+    capsys.readouterr()
+    assert quantize(work, "mixed", "--resume") == 0
+    assert f"Going on after 1 of {LAYERS} layers" in capsys.readouterr().out
+    same_checkpoints(work / "whole", work / "mixed")
 
 
 def test_resume_without_anything_to_resume_starts(work, capsys):

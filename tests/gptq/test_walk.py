@@ -60,6 +60,14 @@ def quantize(model, samples, group_size=32, **options):
     return plan, [result for results in steps for result in results]
 
 
+def test_seconds_of_what_is_solved_together_are_shared_by_size():
+    _, results = quantize(build("llama"), token_samples())
+    seconds = {result.target.name: result.seconds for result in results}
+    for layer in range(3):
+        q, k, v = (seconds[f"model.layers.{layer}.self_attn.{x}_proj"] for x in "qkv")
+        assert q == pytest.approx(2 * k) and k == v > 0  # of 64 and 32 outputs
+
+
 @pytest.mark.parametrize("tokens", [1, 96])
 @pytest.mark.parametrize("name", ALL)
 def test_recorded_calls_replay_the_model(name, tokens):
