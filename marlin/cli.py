@@ -83,6 +83,8 @@ def run_convert(args) -> int:
         f"{report.bytes_read / 1e6:.1f} MB to {report.bytes_written / 1e6:.1f} MB "
         f"in {report.seconds:.1f} s\nWrote {args.target}"
     )
+    for note in report.notes:
+        print(f"note: {note}")
     return 0
 
 

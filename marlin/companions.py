@@ -32,6 +32,8 @@ def companions(source: Path) -> list[Path]:
 
 
 def check(path: Path, source: Path) -> None:
+    """Of what a conversion reads too: that ends in the new checkpoint. Loading copies nothing, and
+    follows every link."""
     if not path.is_symlink():
         if not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{path}: expected a file or a folder")
@@ -39,8 +41,9 @@ def check(path: Path, source: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a file, got a link that leads to none")
     roots = [source.resolve()]
-    if roots[0].parent.name == "snapshots":  # of the hub's cache: all its files are links
-        roots.append(roots[0].parents[1] / "blobs")
+    for folder in (roots[0], *roots[0].parents):
+        if folder.parent.name == "snapshots":  # of the hub's cache: all its files are links
+            roots.append(folder.parents[1] / "blobs")
     if not any(path.resolve().is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"{path}: a link that leads out of the checkpoint, to {path.resolve()}; put a copy of "

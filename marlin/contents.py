@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from marlin import formats
-from marlin.shards import CONFIG, CheckpointError, TensorInfo, list_tensors, read_json
+from marlin.shards import CONFIG, CheckpointError, TensorInfo, list_tensors, read_json, some
 from marlin.sources import read_beside
 
 
@@ -28,6 +28,7 @@ def collect(directory: Path) -> dict:
     }
     beside = read_beside(directory)
     if not config.get("quantization_config") and not beside:
+        check_not_packed(directory, tensors)
         return report | {"format": None, "packed": None, "dense": dense_report(tensors)}
     reader = formats.reader_of(config, beside)
     layers = reader.layers(tensors)
@@ -38,6 +39,20 @@ def collect(directory: Path) -> dict:
         "packed": packed_report(reader, layers, tensors),
         "dense": dense_report(dense),
     }
+
+
+def check_not_packed(directory: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Raises CheckpointError for words of packed layers without a configuration to read them by."""
+    packed = [
+        name
+        for name, info in tensors.items()
+        if name.rpartition(".")[2] in formats.MAIN_PARTS and info.dtype == "I32"
+    ]
+    if packed:
+        raise CheckpointError(
+            f"{directory}: holds packed tensors ({some(packed)}), but no quantization_config "
+            f"in {CONFIG} that says how to read them"
+        )
 
 
 def architecture(config: dict) -> str:

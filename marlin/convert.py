@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from marlin import formats
-from marlin.companions import companions, copy_companions
+from marlin.companions import check, companions, copy_companions
 from marlin.shard_writer import ShardWriter
 from marlin.shards import BESIDE, CONFIG, SAVING, CheckpointError, recover, staged
 from marlin.sources import DTYPES, Source, StateDictSource, open_source
 
 SHARD_BYTES = 10**9
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|shared|embed_in|embed_(tokens|positions)|\w*embeddings?)")
+TOKENS = re.compile(r"(.*\.)?(wte|shared|embed_in|embed_tokens|(word|tok)_embeddings?)\.weight")
+LAYER = re.compile(r"((?:.*?\.)?(?:layers?|blocks?|h))\.(\d+)\.")
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Report:
     bytes_read: int
     bytes_written: int
     seconds: float
+    notes: list[str]  # what programs that are known to read the format make of it
 
 
 def convert(
@@ -70,7 +74,9 @@ def convert(
         progress: wraps the list of steps (tqdm does).
 
     Raises:
-        CheckpointError: a source that is damaged or not read, or holds what format cannot.
+        CheckpointError: a source that is damaged or not read, whose configuration is of another
+            model, which has links that lead out of it, or which holds what format cannot.
+        ValueError: a target that is not empty, a device that is none or has too little memory.
     """
     source, target = Path(source), Path(target)
     if format not in formats.WRITERS:
@@ -79,9 +85,17 @@ def convert(
     check_device(device)
     check_target(source, target, overwrite)
     started = time.perf_counter()
-    with open_source(source, config and Path(config), device) as opened, staged(target) as stage:
+    writer = formats.WRITERS[format]
+    with (
+        memory_errors(device),
+        open_source(source, config and Path(config), device) as opened,
+        staged(target) as stage,
+    ):
+        for path in opened.files():
+            check(path, opened.directory)
+        check_model(opened)
         beside = companions(opened.directory)
-        written = write_all(opened, formats.WRITERS[format], stage, shard_bytes, progress)
+        written, quantization = write_all(opened, writer, stage, shard_bytes, progress)
         copy_companions(opened.directory, beside, stage)
     return Report(
         opened.reader.name,
@@ -90,7 +104,20 @@ def convert(
         sum(info.bytes for info in opened.tensors.values()),
         written,
         time.perf_counter() - started,
+        writer.notes(quantization),
     )
+
+
+@contextlib.contextmanager
+def memory_errors(device: torch.device | str) -> Iterator[None]:
+    """Says in terms of `convert` that a GPU's memory is not enough."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"device: {device} has too little memory free for the layers that are worked on at "
+            "once; --device cpu does the same in the machine's own"
+        ) from error
 
 
 def check_device(name: torch.device | str) -> None:
@@ -124,8 +151,43 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
             )
 
 
-def write_all(source: Source, writer, stage: Path, shard_bytes: int, progress) -> int:
-    """Every tensor and the configuration; the number of bytes of the tensors."""
+def check_model(source: Source) -> None:
+    """Raises CheckpointError if the configuration is of a larger model than the tensors.
+
+    Goes by sizes that all decoders have, since a model that is to be built has to be known. There
+    may be more layers than the configuration says, to draft tokens, and more embeddings.
+    """
+    text = source.config.get("text_config")  # of a model of text and images, say
+    config = text if isinstance(text, dict) else source.config
+    said = {key: value for key, value in config.items() if isinstance(value, int)}
+
+    stacks = defaultdict(set)
+    for found in filter(None, map(LAYER.match, source.tensors)):
+        stacks[found[1]].add(found[2])
+    layers = max(map(len, stacks.values()), default=None)
+    depth, key = min(((said[key], key) for key in DEPTHS if key in said), default=(0, ""))
+    if layers is not None and layers < depth:
+        raise CheckpointError(f"config.json says {key}={depth}, the tensors are of {layers} layers")
+
+    shapes = {name: source.tensors[name].shape for name in source.dense}
+    embeddings = [s for name, s in shapes.items() if len(s) == 2 and TOKENS.fullmatch(name)]
+    rows = max((shape[0] for shape in embeddings), default=None)
+    if rows is not None and rows < said.get("vocab_size", 0):
+        raise CheckpointError(
+            f"config.json says vocab_size={said['vocab_size']}, the embeddings have {rows} rows"
+        )
+    # Norms have that length also where embeddings are of another.
+    widths = {shape[-1] for shape in embeddings + [s for s in shapes.values() if len(s) == 1]}
+    if widths and said.get("hidden_size", min(widths)) not in widths:
+        raise CheckpointError(
+            f"config.json says hidden_size={said['hidden_size']}, embeddings and norms have "
+            f"widths of {', '.join(map(str, sorted(widths)))}"
+        )
+
+
+def write_all(source: Source, writer, stage: Path, shard_bytes: int, progress) -> tuple[int, dict]:
+    """Every tensor and the configuration; the tensors' number of bytes, and what the configuration
+    says of the quantization."""
     summaries = {}
     steps = tasks(source, writer, progress)
     # Closed, a progress bar ends before an error is printed.
@@ -135,15 +197,16 @@ def write_all(source: Source, writer, stage: Path, shard_bytes: int, progress) -
                 summaries[name] = summary
             for tensor_name, tensor in tensors.items():
                 shards.add(tensor_name, tensor)
-        values = new_config(source, writer.config(summaries, dense_layers(source)))
+        quantization = writer.config(summaries, dense_layers(source))
+        values = new_config(source, quantization)
         write_json(stage / CONFIG, values)
         shards.finish()
     reader = formats.reader_of(values)
     if reader.layers(shards.sizes).keys() != source.layers.keys():
         raise CheckpointError(f"{source.directory}: tensors that {writer.NAME} would misread")
     if writer.NAME == "gptq":
-        write_json(stage / BESIDE[0], values["quantization_config"])
-    return sum(shards.sizes.values())
+        write_json(stage / BESIDE[0], quantization)
+    return sum(shards.sizes.values()), quantization
 
 
 def tasks(source: Source, writer, progress) -> Iterator[Callable]:

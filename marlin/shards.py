@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,32 +198,45 @@ def list_tensors(directory: Path) -> dict[str, TensorInfo]:
             an index that names other directories or disagrees with the files.
     """
     claimed = read_index(directory)
-    found = {}
-    for filename in sorted(set(claimed.values())) if claimed else [only_shard(directory)]:
-        for name, info in read_header(directory / filename).items():
-            if name in found:
-                raise CheckpointError(f"{directory}: {name} is in two files")
-            found[name] = info
-    if claimed is not None and claimed != {name: info.file for name, info in found.items()}:
-        files = {name: info.file for name, info in found.items()}
-        wrong = [n for n in claimed | files if claimed.get(n) != files.get(n)]
-        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
+    if claimed is None:
+        return read_headers([directory / only_shard(directory)])
+    found = read_headers(directory / filename for filename in sorted(set(claimed.values())))
+    check_index(directory, claimed, found)
     return found
 
 
-def read_index(directory: Path) -> dict[str, str] | None:
+def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """The tensors of all of some files of one directory."""
+    found = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in found:
+                raise CheckpointError(f"{file.parent}: {name} is in two files")
+            found[name] = info
+    return found
+
+
+def read_index(directory: Path, name: str = INDEX) -> dict[str, str] | None:
     """Each tensor's file as the index has it, None if there is no index."""
-    if not (directory / INDEX).is_file():
+    path = directory / name
+    if not path.is_file():
         return None
-    claimed = read_json(directory / INDEX).get("weight_map")
+    claimed = read_json(path).get("weight_map")
     if not isinstance(claimed, dict) or not claimed:
-        raise CheckpointError(f"{directory / INDEX}: no weight_map")
+        raise CheckpointError(f"{path}: no weight_map")
     for filename in claimed.values():
         # An index comes with the download: it may name files of this directory only.
         plain = isinstance(filename, str) and filename == Path(filename).name
         if not plain or not filename.endswith(".safetensors") or "\\" in filename:
-            raise CheckpointError(f"{directory / INDEX}: bad file name {filename!r}")
+            raise CheckpointError(f"{path}: bad file name {filename!r}")
     return claimed
+
+
+def check_index(directory: Path, claimed: dict[str, str], found: dict[str, TensorInfo]) -> None:
+    files = {name: info.file for name, info in found.items()}
+    wrong = [name for name in claimed | files if claimed.get(name) != files.get(name)]
+    if wrong:
+        raise CheckpointError(f"{directory}: index and files disagree on {some(wrong)}")
 
 
 def only_shard(directory: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from marlin import formats
@@ -16,6 +17,7 @@ from marlin.quantized import Quantized
 from marlin.shards import (
     BESIDE,
     CONFIG,
+    INDEX,
     CheckpointError,
     TensorInfo,
     list_tensors,
@@ -58,6 +60,10 @@ class Source:
                 f"{layer}.bias: expected ({n},), floating point, got {bias.shape}, {bias.dtype}"
             )
 
+    def files(self) -> list[Path]:
+        """What is read of its directory."""
+        return [self.directory / CONFIG]
+
     def release(self, file: str) -> None:
         """Nothing more is asked of this file (it may be opened again)."""
 
@@ -78,7 +84,15 @@ class DirectorySource(Source):
             context = contextlib.ExitStack()
             path = self.directory / file
             self.shards[file] = context, context.enter_context(open_shard(path, self.device))
-        return self.shards[file][1].get_tensor(name)
+        try:
+            return self.shards[file][1].get_tensor(name)
+        except SafetensorError as error:  # a type that torch lacks, say
+            raise CheckpointError(f"{self.directory / file}: {name}: {error}") from error
+
+    def files(self) -> list[Path]:
+        shards = {info.file for info in self.tensors.values()}
+        paths = (self.directory / name for name in (CONFIG, INDEX, *BESIDE, *sorted(shards)))
+        return [path for path in paths if path.is_file()]
 
     def release(self, file: str) -> None:
         if file in self.shards:

@@ -4,8 +4,8 @@
     for layer, names in reader.layers(all_tensor_names).items():
         weight = reader.read(layer, {part: load(name) for part, name in names.items()})
 
-`WRITERS` has for each format that is written a module with `write(layer, weight) -> parts` and
-`config(layers, dense) -> quantization_config`.
+`WRITERS` has for each format that is written a module with `write(layer, weight) -> parts`,
+`config(layers, dense) -> quantization_config` and `notes(quantization_config)`, for people.
 """
 
 from __future__ import annotations
@@ -15,10 +15,34 @@ from marlin.shards import CheckpointError
 from . import awq, compressed_tensors, gptq, marlin
 from .base import LayerSummary, Reader, group_sizes
 
+# What readers go by and two files may say, with the other names that programs have for it.
+SAID = (
+    ("quant_method",),
+    ("checkpoint_format", "format"),
+    ("is_marlin_format",),
+    ("version",),
+    ("bits", "w_bit"),
+    ("group_size", "q_group_size"),
+    ("sym",),
+    ("zero_point",),
+    ("desc_act",),
+    ("dynamic",),
+    ("pack_dtype",),
+)
 WRITERS = {module.NAME: module for module in (marlin, gptq, compressed_tensors)}
+MAIN_PARTS = {
+    reader.main
+    for reader in (
+        awq.AWQReader,
+        compressed_tensors.CompressedTensorsReader,
+        gptq.GPTQReader,
+        marlin.MarlinReader,
+    )
+}
 READABLE = "gptq, awq (gemm), compressed-tensors (pack-quantized) and marlin"
 
 __all__ = [
+    "MAIN_PARTS",
     "READABLE",
     "WRITERS",
     "CheckpointError",
@@ -69,10 +93,17 @@ def merged(main, beside) -> dict:
         if values is not None and not isinstance(values, dict):
             raise CheckpointError(f"quantization_config: expected an object, got {values!r}")
     main, beside = main or {}, beside or {}
-    for key in ("bits", "group_size", "checkpoint_format", "quant_method"):
-        if key in main and key in beside and main[key] != beside[key]:
+    for names in SAID:
+        ours, theirs = said(main, names), said(beside, names)
+        if None not in (ours, theirs) and ours != theirs:
             raise CheckpointError(
-                f"quantization_config: {key} is {main[key]!r} in config.json, "
-                f"{beside[key]!r} in the file beside it"
+                f"quantization_config: {names[0]} is {ours!r} in config.json, "
+                f"{theirs!r} in the file beside it"
             )
-    return {**beside, **main}
+    return main | {key: value for key, value in beside.items() if main.get(key) is None}
+
+
+def said(values: dict, names: tuple[str, ...]):
+    """What a configuration says under one of some names; None for nothing."""
+    value = next((values[name] for name in names if values.get(name) is not None), None)
+    return value.lower() if isinstance(value, str) else value  # AutoAWQ's GEMM is gemm elsewhere

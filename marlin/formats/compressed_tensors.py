@@ -187,3 +187,8 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def notes(config: dict) -> list[str]:
+    """As in gptq.py: nothing is known."""
+    return []

@@ -187,6 +187,23 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
     return values | {"dynamic": dynamic} if dynamic else values
 
 
+def notes(config: dict) -> list[str]:
+    """What programs that read the format are known to make of a checkpoint with this
+    configuration, as far as it is not what one expects."""
+    found = []
+    if not config["sym"]:
+        found.append(
+            "it has zero points: vLLM and GPTQModel refuse those of a GPTQ checkpoint that is not "
+            "GPTQModel's own; vLLM takes them from --format compressed-tensors"
+        )
+    if "dynamic" in config:
+        found.append(
+            "some layers are not packed or have a group size of their own: transformers does not "
+            "read that of GPTQ, and gives such layers made-up weights; vLLM and GPTQModel read it"
+        )
+    return found
+
+
 def fused(sizes: dict[str, int]) -> dict[str, int]:
     """The layers that vLLM makes of those named, where all that go into one have one size."""
     found = {}

@@ -247,3 +247,8 @@ def config(layers: dict[str, LayerSummary], dense: list[str]) -> dict:
             values[f"modules_without_{part}"] = sorted(layers.keys() - having)
     narrow = {name: layer.n for name, layer in layers.items() if padded(layer.n) != layer.n}
     return values | {"out_features": narrow}
+
+
+def notes(config: dict) -> list[str]:
+    """As in gptq.py: nothing is known."""
+    return []

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from marlin.shards import CheckpointError, open_shard, read_header
+from marlin import shards
+from marlin.shards import CheckpointError, check_index, open_shard, read_index
 
+INDEXES = "*.safetensors.index*.json"  # a variant has its name in there
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,20 +34,55 @@ class Header(NamedTuple):
             return shard.get_tensor(self.name)
 
 
-def read_headers(files: Iterable[str | Path] | None) -> dict[str, Header]:
+def read_headers(files: Iterable[str | Path] | None, source: str) -> dict[str, Header]:
     """Every tensor of a checkpoint's files, by name.
 
+    Args:
+        files: as transformers found them. It joins the directory and what the index names, without
+            a look at that.
+        source: what it was asked for: a directory, the name of a model on the hub, or a file.
+
     Raises:
-        CheckpointError: no safetensors files, damaged ones, or a tensor that is in two.
+        CheckpointError: no safetensors files, damaged ones, ones outside of the checkpoint, a
+            tensor that is in two, or an index that disagrees with the files.
     """
-    headers = {}
-    for file in map(Path, files or ()):
-        if file.suffix != ".safetensors":
-            raise CheckpointError(f"expected safetensors files, got {file.name}")
-        for name, info in read_header(file).items():
-            if name in headers:
-                raise CheckpointError(f"{name} is in two files: {file}, {headers[name].file}")
-            headers[name] = Header(file, name, info.shape, DTYPES.get(info.dtype, info.dtype))
-    if not headers:
+    paths = [Path(file) for file in files or ()]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"expected safetensors files, got {path.name}")
+    check_places(paths, source)
+    found = shards.read_headers(paths)
+    if not found:
         raise CheckpointError("expected a checkpoint in safetensors files, got none")
-    return headers
+    folder = paths[0].parent
+    for index in folder.glob(INDEXES):
+        claimed = read_index(folder, index.name)
+        # Else it is of other files beside.
+        if claimed is not None and set(claimed.values()) == {path.name for path in paths}:
+            check_index(folder, claimed, found)
+    return {
+        name: Header(folder / info.file, name, info.shape, DTYPES.get(info.dtype, info.dtype))
+        for name, info in found.items()
+    }
+
+
+def check_places(files: list[Path], source: str) -> None:
+    """Raises CheckpointError for files that are not in one folder, which is the source's.
+
+    It goes by names: in the hub's cache, every file is a link.
+    """
+    for file in files:
+        root = root_of(file, source)
+        inside = root in (file, *file.parents) and ".." not in file.relative_to(root).parts
+        if not inside or file.parent != files[0].parent:
+            raise CheckpointError(f"{source}: the index has a bad file name: {file}")
+
+
+def root_of(file: Path, source: str) -> Path:
+    """What transformers was asked for, or the revision of it that is in the hub's cache."""
+    if not Path(source).exists():
+        cache = f"models--{source.replace('/', '--')}/snapshots"
+        for folder in reversed(file.parents):
+            if folder.parent.match(cache):
+                return folder
+    return Path(source)

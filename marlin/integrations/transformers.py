@@ -105,7 +105,7 @@ class MarlinQuantizer(HfQuantizer):
             raise ValueError("Marlin layers are not split among processes: use device_map instead")
         self.transposed = frozenset(conv1d_names(model))
         if self.pre_quantized:
-            headers = read_headers(checkpoint_files)
+            headers = read_headers(checkpoint_files, model.config.name_or_path)
             if self.quantization_config.source is None:
                 insert_native(model, self.quantization_config.to_dict(), headers)
             else:

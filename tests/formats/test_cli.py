@@ -70,12 +70,22 @@ def test_info_of_several_group_sizes(tmp_path, capsys):
     assert "none (symmetric)" in out
 
 
-def test_info_of_full_precision(source, capsys):
-    config = json.loads((source / "config.json").read_text())
-    del config["quantization_config"]
-    (source / "config.json").write_text(json.dumps(config))
-    status, out, _ = run(capsys, "info", source)
+@pytest.mark.parametrize("quantization", [None, {}])
+def test_info_of_full_precision(quantization, tmp_path, capsys):
+    directory = by.write_checkpoint(tmp_path / "dense", by.gptq, {}, quantization)
+    status, out, _ = run(capsys, "info", directory)
     assert status == 0 and "full precision" in out and "packed" not in out
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "marlin"])
+def test_info_of_packed_tensors_without_a_configuration(kind, tmp_path, capsys):
+    parts_of = by.marlin if kind == "marlin" else FORMATS[kind][0]
+    weights = {"model.layers.0.self_attn.q_proj": by.random_weight(64, 64, 2)}
+    directory = by.write_checkpoint(tmp_path / "a", parts_of, weights, {})
+    status, out, err = run(capsys, "info", directory)
+    assert status == 2 and not out
+    assert "holds packed tensors (model.layers.0.self_attn.q_proj." in err
+    assert "but no quantization_config" in err
 
 
 def test_info_of_what_is_no_checkpoint(source, tmp_path, capsys):
@@ -87,7 +97,7 @@ def test_info_of_what_is_no_checkpoint(source, tmp_path, capsys):
 
 def test_convert(source, tmp_path, capsys):
     status, out, _ = run(capsys, "convert", source, tmp_path / "out", "--format", "marlin")
-    assert status == 0 and "14 layers from gptq to marlin" in out
+    assert status == 0 and "14 layers from gptq to marlin" in out and "note: " not in out
     status, out, _ = run(capsys, "info", tmp_path / "out")
     assert "format      marlin" in out and "14 linear layers" in out
     status, _, err = run(capsys, "convert", source, tmp_path / "out", "--format", "gptq")
@@ -95,6 +105,13 @@ def test_convert(source, tmp_path, capsys):
     arguments = ("convert", source, tmp_path / "out", "--format", "gptq", "--overwrite")
     assert run(capsys, *arguments)[0] == 0
     assert "format      gptq" in run(capsys, "info", tmp_path / "out")[1]
+
+
+def test_convert_notes_what_others_make_of_it(tmp_path, capsys):
+    weights = by.llama_weights(zeros=(1, 15))
+    source = by.write_checkpoint(tmp_path / "awq", by.awq, weights, by.awq_config())
+    status, out, _ = run(capsys, "convert", source, tmp_path / "out", "--format", "gptq")
+    assert status == 0 and "\nnote: it has zero points" in out
 
 
 def test_convert_says_what_is_wrong(source, tmp_path, capsys):

@@ -169,6 +169,21 @@ def test_layers_of_different_kinds_in_one_checkpoint(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_notes_on_what_others_make_of_it(target, tmp_path):
+    directory, weights = make(tmp_path / "plain", "gptq")
+    assert convert(directory, tmp_path / "0", target).notes == []
+    weights = by.llama_weights(zeros=(1, 15))
+    directory = by.write_checkpoint(tmp_path / "awq", by.awq, weights, by.awq_config())
+    notes = convert(directory, tmp_path / "1", target).notes
+    assert len(notes) == (target == "gptq") and all("zero points" in note for note in notes)
+    weights["model.layers.0.mlp.down_proj"] = by.random_weight(96, 64, 1)
+    config = by.gptq_config(sym=False, dynamic={r".*0\.mlp\.down_proj": {"group_size": -1}})
+    directory = by.write_checkpoint(tmp_path / "two", by.gptq, weights, config)
+    notes = convert(directory, tmp_path / "2", target).notes
+    assert len(notes) == 2 * (target == "gptq") and all("group size" in n for n in notes[1:])
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_layers_that_stayed_dense(target, tmp_path):
     weights = by.llama_weights()
     name = "model.layers.0.mlp.up_proj"

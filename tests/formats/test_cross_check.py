@@ -245,7 +245,7 @@ def test_layers_that_gptqmodel_packed(path):
 
 
 @pytest.mark.parametrize("kind", for_others.KINDS)
-def test_gptqmodel_read_what_we_write(kind, tmp_path):
+def test_gptqmodel_and_transformers_read_what_we_write(kind, tmp_path):
     """It was given the very tensors that we write today, and got the values that are in them."""
     recorded = json.loads((GOLDEN_FOLDER / "gptqmodel-reads.json").read_text())[kind]
     weights, _ = for_others.write(kind, tmp_path)
@@ -255,7 +255,21 @@ def test_gptqmodel_read_what_we_write(kind, tmp_path):
     values = {name: weight.values().half() for name, weight in weights.items()}
     assert for_others.digests(values) == recorded["dequantized"]
     # Zero points it takes from itself only: make_gptqmodel_reads.py says how it was made to.
-    assert bool(recorded["refused"]) == ("zero points" in kind)
+    notes = formats.WRITERS["gptq"].notes(recorded["quantization_config"])
+    assert bool(recorded["refused"]) == any("GPTQModel refuse" in note for note in notes)
+    # transformers got the same files. Its plain `from_pretrained` has optimum and GPTQModel load
+    # them, and optimum does not know GPTQModel's exceptions.
+    plain = recorded["transformers"]
+    kept = {name.rpartition(".")[0] for name in plain["missing"]}
+    assert kept == set(for_others.KINDS[kind].dense)
+    assert bool(kept) == any("transformers does not read" in note for note in notes)
+    if kept:
+        return
+    assert plain["kernels"].keys() == weights.keys()
+    assert "Linear" not in plain["kernels"].values()
+    assert plain["difference"] < CLOSE * plain["largest"]
+    # A kernel for groups of 32 to 256 is chosen on the CPU whatever the groups are.
+    assert bool(plain["refused"]) == (kind == "a scale per column")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +284,8 @@ def test_vllm_read_what_we_write(format, kind, tmp_path):
     tensors = load_file(tmp_path / format / "model.safetensors")
     assert for_others.digests(tensors) == recorded["given"]
     # It takes zero points from compressed-tensors only.
-    assert bool(recorded["refused"]) == (format == "gptq" and "zero points" in kind)
+    notes = formats.WRITERS[format].notes(recorded["quantization_config"])
+    assert bool(recorded["refused"]) == any("vLLM and GPTQModel refuse" in note for note in notes)
     if recorded["refused"]:
         return
     linear = {name.removesuffix(".weight") for name in dense if "_proj" in name}
@@ -288,20 +303,3 @@ def test_vllm_read_what_we_write(format, kind, tmp_path):
 def vllm_scheme(kind, layer):
     size = -1 if layer in kind.per_column else kind.group_size
     return f"{'uint4' if kind.zeros else 'uint4b8'} group_size={size} act_order={kind.act_order}"
-
-
-@pytest.mark.parametrize("kind", for_others.KINDS)
-def test_transformers_ran_what_we_write(kind):
-    """Its plain `from_pretrained`, which has optimum and GPTQModel load the same tensors."""
-    recorded = json.loads((GOLDEN_FOLDER / "gptqmodel-reads.json").read_text())[kind]
-    plain = recorded["transformers"]
-    # optimum does not know GPTQModel's exceptions.
-    kept = {name.rpartition(".")[0] for name in plain["missing"]}
-    assert kept == set(for_others.KINDS[kind].dense)
-    if kept:
-        return
-    assert plain["kernels"].keys() == recorded["dequantized"].keys()
-    assert "Linear" not in plain["kernels"].values()
-    assert plain["difference"] < CLOSE * plain["largest"]
-    # A kernel for groups of 32 to 256 is chosen on the CPU whatever the groups are.
-    assert bool(plain["refused"]) == (kind == "a scale per column")

@@ -306,6 +306,69 @@ def test_two_configurations_that_disagree(copy):
     refuse(directory, "group_size is 32 in config.json, 64 in the file beside it")
 
 
+@pytest.mark.parametrize(
+    "kind, file, beside, message",
+    [
+        ("gptq", "quantize_config.json", {"sym": True}, "sym is False in .*, True in"),
+        ("gptq", "quantize_config.json", {"desc_act": True}, "desc_act is False in .*, True in"),
+        ("gptq", "quantize_config.json", {"bits": 8}, "bits is 4 in .*, 8 in"),
+        ("gptq", "quantize_config.json", {"dynamic": {"a": {}}}, "dynamic is {} in .*, {'a': {}} "),
+        ("gptq", "quantize_config.json", {"format": "gptq_v2"}, "checkpoint_format is 'gptq' in"),
+        ("awq", "quant_config.json", {"w_bit": 8}, "bits is 4 in config.json, 8 in"),
+        ("awq", "quant_config.json", {"q_group_size": 64}, "group_size is 32 in .*, 64 in"),
+        ("awq", "quant_config.json", {"zero_point": False}, "zero_point is True in .*, False in"),
+        ("awq", "quant_config.json", {"version": "GEMV"}, "version is 'gemm' in .*, 'gemv' in"),
+    ],
+)
+def test_each_thing_that_two_configurations_may_disagree_on(kind, file, beside, message, copy):
+    directory = copy(kind)
+    edit(directory / "config.json", lambda c: c["quantization_config"].setdefault("dynamic", {}))
+    (directory / file).write_text(json.dumps(beside))
+    refuse(directory, f"quantization_config: {message}")
+
+
+def test_two_configurations_that_agree_in_other_words(copy):
+    directory = copy("awq")
+    edit(directory / "config.json", lambda c: c["quantization_config"].update(group_size=None))
+    beside = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
+    (directory / "quant_config.json").write_text(json.dumps(beside | {"bits": None, "damp": 1}))
+    convert(directory, directory.parent / "target", "marlin")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_hidden_layers": 7}, "num_hidden_layers=7, the tensors are of 2 layers"),
+        ({"hidden_size": 128}, "hidden_size=128, embeddings and norms have widths of 64"),
+        ({"hidden_size": 32}, "hidden_size=32, embeddings and norms have widths of 64"),
+        ({"vocab_size": 97}, "vocab_size=97, the embeddings have 96 rows"),
+        ({"text_config": {"hidden_size": 65}, "hidden_size": 64}, "hidden_size=65, embeddings"),
+        ({"n_layer": 3, "num_hidden_layers": None}, "n_layer=3, the tensors are of 2 layers"),
+    ],
+)
+def test_a_configuration_of_another_model(change, message, copy):
+    """Only a conversion says so in these words: loading has the model to ask."""
+    directory = copy("gptq")
+    edit(directory / "config.json", lambda c: c.update(change))
+    refuse(directory, f"config.json says {message}", loading=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 1},  # and one to draft tokens
+        {"num_hidden_layers": 4, "num_layers": 2},  # each holds two
+        {"vocab_size": 90},  # filled up
+        {"hidden_size": "large", "vocab_size": None, "num_hidden_layers": [2], "text_config": 1},
+        {"text_config": {"vocab_size": 96}, "hidden_size": 3},
+    ],
+)
+def test_configurations_that_do_not_say_more_than_there_is(change, copy):
+    directory = copy("gptq")
+    edit(directory / "config.json", lambda c: c.update(change))
+    convert(directory, directory.parent / "target", "marlin")
+
+
 VALUES = [None, [], {}, -1, 0, "", "re:(", 1e308, True, 2**70, [None], {"a": {}}, "DROP"]
 
 
@@ -435,6 +498,26 @@ def test_a_header_that_names_a_tensor_twice(copy):
     refuse(directory, "come twice|duplicate")
 
 
+def declare(directory, dtype, bits):
+    """Adds a tensor of 64 values of a type that may be none of torch's."""
+    path = sorted(directory.glob("*.safetensors"))[0]
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, tensors = json.loads(data[8 : 8 + length]), data[8 + length :] + bytes(8 * bits)
+    offsets = [len(tensors) - 8 * bits, len(tensors)]
+    header["extra"] = {"dtype": dtype, "shape": [64], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + tensors)
+    edit(directory / INDEX, lambda i: i["weight_map"].update(extra=path.name))
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2"])
+def test_a_type_that_torch_lacks(dtype, copy):
+    directory = copy("gptq")
+    declare(directory, dtype, 6)
+    refuse(directory, rf"00001-of-00002.safetensors: extra: .*{dtype}", loading=False)
+
+
 def test_a_tensor_in_two_files(copy):
     directory = copy("gptq")
     first, second = sorted(directory.glob("*.safetensors"))
@@ -511,14 +594,28 @@ def test_pipes_in_the_place_of_files(name, copy):
     refuse(directory, "no config.json|no model.*safetensors")
 
 
-def test_links_that_are_as_they_should_be(copy):
+@pytest.mark.parametrize(
+    "name", ["config.json", INDEX, "quantize_config.json", "model-00001-of-00002.safetensors"]
+)
+def test_files_that_are_links_out_of_the_checkpoint(name, copy):
+    """What is read of them would end in the new checkpoint; loading copies nothing."""
+    directory = copy("gptq")
+    (directory / "quantize_config.json").write_text("{}")
+    shutil.move(directory / name, directory.parent / "elsewhere")
+    (directory / name).symlink_to("../elsewhere")
+    refuse(directory, f"{name}: a link that leads out of the checkpoint", loading=False)
+    marlin.load_pretrained(directory)
+
+
+@pytest.mark.parametrize("subfolder", ["", "4bit"])
+def test_links_that_are_as_they_should_be(subfolder, copy):
     """Within the checkpoint, and into the blobs of the hub's cache, of which snapshots are made."""
     directory = copy("gptq")
     with_a_companion(directory, lambda path: path.symlink_to("licence.txt"))
     cache = directory.parent / "models--a--b"
     (cache / "snapshots").mkdir(parents=True)
     shutil.move(directory, cache / "blobs")
-    snapshot = cache / "snapshots" / "1a2b"
+    snapshot = cache / "snapshots" / "1a2b" / subfolder
     for path in (path for path in (cache / "blobs").rglob("*") if path.is_file()):
         link = snapshot / path.relative_to(cache / "blobs")
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -566,6 +663,22 @@ def test_a_disk_that_is_full(held, copy, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert(directory, target, "marlin", shard_bytes=10_000)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["formats.gptq.GPTQReader.read", "formats.marlin.write", "sources.DirectorySource.tensor"],
+)
+def test_a_gpu_that_is_full(where, copy, monkeypatch):
+    directory = copy("gptq")
+
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 MiB.")
+
+    monkeypatch.setattr(f"marlin.{where}", full)
+    with pytest.raises(ValueError, match=r"^device: cpu has too little memory .*--device cpu"):
+        convert(directory, directory.parent / "target", "marlin")
+    assert not (directory.parent / "target").exists()
 
 
 @pytest.mark.parametrize("where", ["marlin.convert.copy_companions", "marlin.shards.install"])
