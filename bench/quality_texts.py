@@ -107,12 +107,13 @@ def glued(pieces: list[Tensor], seqlen: int) -> list[Tensor]:
     return list(torch.cat(pieces, dim=1).split(seqlen, dim=1))
 
 
-def sentences(documents: list[str], count: int, seed: int) -> list[str]:
-    """``count`` distinct sentences of 20 to 300 characters, or all."""
+def sentences(documents: list[str], count: int | None, seed: int) -> list[str]:
+    """``count`` distinct sentences of 20 to 300 characters, or all there are."""
     found = set()
     for text in documents:
         for sentence in re.split(r"(?<=[.!?:])\s+|\n\n", text):
             sentence = " ".join(sentence.split())
             if 20 <= len(sentence) <= 300 and " " in sentence:
                 found.add(sentence)
-    return random.Random(seed).sample(sorted(found), min(count, len(found)))
+    few = len(found) if count is None else min(count, len(found))
+    return random.Random(seed).sample(sorted(found), few)

@@ -119,7 +119,7 @@ def test_rows_start_with_what_tells_most_and_end_with_all_on():
 
 
 def test_every_group_size_gets_the_three_roundings_each_addition_alone_and_all_together():
-    rows = quality_rows.matrix([128, 64, 32, -1], 400, (100, 1600))
+    rows = quality_rows.matrix([128, 64, 32, -1], 400, (100, None))
     expected = {"RTN", "RTN full range", "RTN clipped", "published", "plain clip", "default"}
     for group in (128, 64, 32, -1):
         names = {row.name for row in rows if row.group_size == group and row.tokens == 400}
@@ -151,7 +151,11 @@ def test_every_row_of_the_matrix_quantizes(directories):
         (row.method, row.options, row.glued, row.rounded_last): row
         for row in quality_rows.matrix([32], 8, (4,))
     }
-    assert {row.name for row in rows.values()} > {quality_rows.GLUED, quality_rows.ROUNDED_LAST}
+    assert {row.name for row in rows.values()} > {
+        f"{name}, {choice}"
+        for name in ("default", "published")
+        for choice in (quality_rows.GLUED, quality_rows.ROUNDED_LAST)
+    }
     for row in rows.values():
         model, results = subject.quantize(row)
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -213,8 +217,9 @@ def test_scales_may_be_rounded_last():
 
 def test_rows_can_be_chosen(directories, tmp_path, capsys):
     rows = quality_rows.matrix([64, 32], 24_576, (12_288, None))
-    few = quality.wanted(rows, f"RTN; {quality_rows.GLUED}")
-    assert {row.name for row in few} == {"RTN", quality_rows.GLUED}
+    glued = f"default, {quality_rows.GLUED}"
+    few = quality.wanted(rows, f"RTN; {glued}")
+    assert {row.name for row in few} == {"RTN", glued}
     assert {row.seed for row in few if row.glued} == {0, 1, 2}
     assert quality.wanted(rows, None) == rows
     with pytest.raises(ValueError, match="--only: expected names of rows, got 'none'"):
