@@ -5,7 +5,7 @@ import torch
 
 from marlin import host, ops
 from marlin.testing.problems import check_product, random_rows, random_weight
-from marlin.testing.shapes import LIKE
+from marlin.testing.shapes import LIKE, ROWS
 
 pytestmark = pytest.mark.gpu
 CONFIGS = [*host.kernel_shapes(), "dense", *LIKE.values()]
@@ -43,6 +43,16 @@ def test_rows_and_tails(config, dtype, group_size):
         for m in (1, 7, rows - 1, rows, rows + 1, 2 * rows + 3, 150):
             a = random_rows(m, k, dtype=dtype, device="cuda", seed=m)
             check_product(guarded_multiply(a, weight, bias, config), a, values, bias)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_batch_size(config, dtype):
+    weight = random_weight(384, 320, 64, device="cuda")
+    values, bias = weight.values(), torch.randn(320, device="cuda").to(dtype)
+    for m in ROWS[1:]:
+        a = random_rows(m, 384, dtype=dtype, device="cuda", seed=m)
+        check_product(guarded_multiply(a, weight, bias, config), a, values, bias)
 
 
 @pytest.mark.parametrize("config", list(host.kernel_shapes()))

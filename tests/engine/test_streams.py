@@ -60,6 +60,45 @@ print("same")
     assert done.stdout.strip() == "same", done.stderr
 
 
+def test_a_launch_that_cuda_refuses_is_an_error_and_leaves_nothing_behind():
+    """In a process of its own: a capture that was given up is no state to go on testing in."""
+    import subprocess
+    import sys
+
+    script = """
+import torch
+from marlin import ops
+from marlin.testing.problems import random_rows, random_weight
+weight = random_weight(2048, 64, 128)
+b, s, name = weight.b.cuda(), weight.s.cuda(), "16x256x64x2@8"  # eight CTAs share a slice
+a = random_rows(4, 2048, device="cuda")
+expected = ops.matmul(a, b, s, config=name)
+y, stream, graph = torch.empty_like(expected), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+def refused(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("was not refused")
+
+with torch.cuda.stream(stream):
+    graph.capture_begin()
+    refused(stream.synchronize)  # nobody may while it captures: from here on nothing can start
+    said = refused(lambda: ops.matmul_out(a, b, s, y, config=name))
+    assert "launch: expected a kernel that starts, got cudaError" in said, said
+    refused(graph.capture_end)
+torch.cuda.synchronize()
+for _ in range(3):
+    y.fill_(float("nan"))
+    ops.matmul_out(a, b, s, y, config=name)
+    assert torch.equal(y, expected)
+print("right")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "right", done.stderr
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_two_graphs_of_one_stream_replayed_at_once(config):
     """Captured one after the other on one stream, replayed on two: each with its own workspace."""
