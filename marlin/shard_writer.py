@@ -159,7 +159,7 @@ class StreamedFile:
         self.end += self.file.write(tensor.reshape(-1).view(torch.uint8).numpy())
         self.header[name] = {
             "dtype": type_name(tensor.dtype),
-            "shape": list(tensor.shape),
+            "shape": numbers(tensor),
             "data_offsets": [begin, self.end],
         }
 
@@ -174,6 +174,13 @@ class StreamedFile:
         self.file.close()
         with open_shard(self.path):  # the library checks that header and data fit
             pass
+
+
+def numbers(tensor: torch.Tensor) -> list[int]:
+    """Its shape in the format, which counts F4's numbers: two of them are an element in torch."""
+    if tensor.dtype != torch.float4_e2m1fn_x2:
+        return list(tensor.shape)
+    return [*tensor.shape[:-1], 2 * tensor.shape[-1]]
 
 
 def longest_entry(name: str, tensor: torch.Tensor) -> int:

@@ -107,6 +107,17 @@ def test_a_file_ends_when_its_header_is_full(stage, monkeypatch):
     check(files, tensors)
 
 
+@pytest.mark.parametrize("held", [0, 10**6])
+def test_two_numbers_to_a_byte(held, stage, monkeypatch):
+    monkeypatch.setattr(shard_writer, "HELD", held)
+    codes = torch.arange(16, dtype=torch.uint8).view(2, 8)
+    (file,) = write(stage, {"x": codes.view(torch.float4_e2m1fn_x2)}, 10**6)
+    info = read_header(file)["x"]
+    assert (info.dtype, info.shape) == ("F4", (2, 16))
+    with safe_open(file, "pt") as shard:
+        assert torch.equal(shard.get_tensor("x").view(torch.uint8), codes)
+
+
 def test_a_header_that_does_not_describe_the_data_is_noticed(stage, monkeypatch):
     monkeypatch.setattr(shard_writer, "HELD", 0)
     monkeypatch.setattr(shard_writer, "type_name", lambda dtype: "F64")
