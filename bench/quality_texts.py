@@ -15,6 +15,7 @@ from gptq import calibration
 
 SHORTEST_DOCUMENT = 2000  # characters of docstrings that make a module a document
 CODE_LENGTH = 4000  # characters of a module
+CODE_PACKAGES = ("email", "http", "multiprocessing", "urllib")
 LICENCES = Path("/usr/share/common-licenses")
 LICENCE_NAMES = ("Apache-2.0", "Artistic", "GPL-3", "MPL-2.0")
 
@@ -36,9 +37,11 @@ def docstrings() -> list[str]:
 
 
 def code() -> list[str]:
-    """How some of the standard library's modules begin."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::8]
-    return [path.read_text(encoding="utf-8", errors="replace")[:CODE_LENGTH] for path in paths]
+    """How modules of the standard library's packages begin, which ``docstrings`` leaves out."""
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = [path for package in CODE_PACKAGES for path in sorted((library / package).glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    return [text[:CODE_LENGTH] for text in texts if len(text) >= CODE_LENGTH]
 
 
 def licences() -> list[str]:
@@ -63,8 +66,8 @@ def usual_texts() -> Texts:
 
 
 def other_texts() -> Texts:
-    """Nothing of what the quantizer's defaults were chosen by but the docstrings, which calibrate
-    now. Needs Debian's /usr/share/common-licenses."""
+    """Judges by texts by which none of the quantizer's defaults was chosen; docstrings calibrate.
+    Needs Debian's /usr/share/common-licenses."""
     return Texts(docstrings(), {"licences": licences(), "code": code()})
 
 

@@ -19,7 +19,7 @@ from . import calibration, evaluate, export, memory, report, run, walk
 from .options import DTYPES, add_eval, add_quantize, solver_options
 from .phases import Phases, phase
 from .plan import PER_COLUMN, Plan, make_plan
-from .resume import FOLDER, Store, finished
+from .resume import FOLDER, Store, finished, holds_a_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +152,7 @@ def check_apart(out: Path, model: Path) -> None:
     """Raises ValueError where the checkpoint would be among the model's own files."""
     inner, outer = out.resolve(), model.resolve()
     if outer.is_dir() and (inner == outer or outer in inner.parents):
-        raise ValueError(f"--out: expected another directory than the model's, got {out}")
+        raise ValueError(f"--out: expected another directory, outside of the model's, got {out}")
 
 
 def check_writable(out: Path) -> None:
@@ -168,7 +168,7 @@ def check_free(args: argparse.Namespace) -> None:
         return
     recover(args.out)
     names = {path.name for path in args.out.iterdir()}
-    ours = (args.resume or args.restart) and names & {FOLDER, report.FILE}
+    ours = (args.resume or args.restart) and holds_a_run(args.out)
     others = names - {FOLDER}  # of which the store takes care
     if others and not (ours or args.overwrite):
         raise ValueError(

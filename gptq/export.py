@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from marlin.checkpoint import load_pretrained, save_pretrained
 from marlin.experts import take_apart
 from marlin.layer import MarlinLinear, dense_layers
-from marlin.shards import CONFIG, PICKLES, read_index, read_json, some
+from marlin.shards import CONFIG, PICKLES, WEIGHTS, read_index, read_json, some
 
 from . import memory
 from . import report as report_of
 from .resume import pack, write_whole
 from .walk import Result
 
-ADAPTER = "adapter_model.bin"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.bin", "adapter_config.json"
 SAFETENSORS = "expected weights in safetensors files"
 CONVERT = "pickles are not read: convert them to safetensors first"
 
@@ -183,7 +183,7 @@ def identity(source: str, config) -> dict:
     path = Path(source)
     if not path.exists():
         return {"source": source, "commit": getattr(config, "_commit_hash", None)}
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted([*path.glob("*.safetensors"), *path.glob(CONFIG)])
     stats = {file.name: file.stat() for file in ([path] if path.is_file() else files)}
     return {
         "source": str(path.resolve()),
@@ -206,7 +206,8 @@ def _refuse_pickles(source: str, config) -> None:
     CheckpointError."""
     directory = Path(source)
     # transformers reads it whatever the arguments say, as an adapter or where config.json names it.
-    if ADAPTER in (getattr(config, "transformers_weights", None), *_names(directory, ADAPTER)):
+    beside = _names(directory, ADAPTER) if _names(directory, ADAPTER_CONFIG) else []
+    if ADAPTER in (getattr(config, "transformers_weights", None), *beside):
         raise ModelError(f"{source}: {SAFETENSORS}, found {ADAPTER}; {CONVERT}")
     if not directory.is_dir():
         return
@@ -214,7 +215,8 @@ def _refuse_pickles(source: str, config) -> None:
         pickles = [name for kind in PICKLES for name in _names(directory, kind)]
         found = f"{some(pickles)}; {CONVERT}" if pickles else "none"
         raise ModelError(f"{source}: {SAFETENSORS}, found {found}")
-    read_index(directory)  # may name files of that kind only
+    if not _names(directory, WEIGHTS):  # else transformers does not look at it
+        read_index(directory)  # may name files of that kind only
 
 
 def _names(directory: Path, pattern: str) -> list[str]:
@@ -222,9 +224,13 @@ def _names(directory: Path, pattern: str) -> list[str]:
 
 
 def _refuse_other_weights(source: str, told: dict) -> None:
-    """transformers makes up weights that it lacks. Raises ModelError with some of their names."""
+    """transformers makes up weights that it lacks. Raises ModelError with some of their names.
+
+    An encoder's pooler may be missing: it comes after all that is quantized, and sentence encoders
+    are published without.
+    """
     wrong = []
-    if missing := told["missing_keys"]:
+    if missing := [name for name in told["missing_keys"] if "pooler" not in name.split(".")]:
         wrong.append(f"missing: {some(missing)}")
     if shapes := told["mismatched_keys"]:
         wrong.append(

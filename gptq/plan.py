@@ -78,8 +78,7 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
     belong to no linear layer stay full precision, as does a k that no group size divides.
     skip: shell patterns of dotted names to leave alone too.
     Raises GroupSizeError when group_size fails on a layer that another group size would take, and
-    ValueError for a pattern that no linear layer's name matches, and when nothing at all can be
-    quantized.
+    ValueError for a pattern that no module's name matches, and when nothing can be quantized.
     """
     if group_size not in (PER_COLUMN, *GROUP_SIZES):
         raise ValueError(f"group_size: expected one of -1, 32, 64, 128, got {group_size}")
@@ -107,10 +106,11 @@ def make_plan(model: nn.Module, group_size: int, skip: Iterable[str] = ()) -> Pl
             plan.kept[target.name] = f"no group size divides k = {target.k}, only -1 would do"
         else:
             plan.kept[target.name] = f"k = {target.k} is not a multiple of {TILE_ROWS}"
+    everything = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for pattern in skip:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names.values()):
+        if not fnmatch.filter(everything, pattern):
             raise ValueError(
-                f"skip: expected a pattern that some linear layer's name matches, got {pattern!r}"
+                f"skip: expected a pattern that some module's name matches, got {pattern!r}"
             )
     if misfits:
         raise GroupSizeError(_misfit_message(group_size, misfits, plan.all_targets()))

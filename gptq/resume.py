@@ -141,6 +141,21 @@ class Store:
         return len(self.plan.targets)
 
 
+def holds_a_run(out: Path) -> bool:
+    """Whether a run wrote what lies in ``out``, to its end or not.
+
+    A conversion of what it wrote has its report too, but is another checkpoint.
+    """
+    if (out / FOLDER).exists():
+        return True
+    try:
+        quantization = read_json(out / CONFIG).get("quantization_config")
+    except CheckpointError:
+        return False
+    marlin = isinstance(quantization, dict) and quantization.get("quant_method") == "marlin"
+    return marlin and (out / report.FILE).exists()
+
+
 def finished(out: Path, plan: Plan, pins: dict) -> bool:
     """Whether ``out`` holds the whole checkpoint of a run with these pins, as its report has them.
 

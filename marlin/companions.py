@@ -43,8 +43,10 @@ def check(path: Path, source: Path) -> None:
     roots = [source.resolve()]
     for folder in (roots[0], *roots[0].parents):
         if folder.parent.name == "snapshots":  # of the hub's cache: all its files are links
-            roots.append(folder.parents[1] / "blobs")
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+            roots.append((folder.parents[1] / "blobs").resolve())
+    cached = path.resolve().parent
+    cached = cached.name == "blobs" and cached.parent.name.startswith("models--")  # `--local-dir`
+    if not cached and not any(path.resolve().is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"{path}: a link that leads out of the checkpoint, to {path.resolve()}; put a copy of "
             "that in its place, or remove it"

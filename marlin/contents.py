@@ -27,7 +27,7 @@ def collect(directory: Path) -> dict:
         "bytes": sum(info.bytes for info in tensors.values()),
     }
     beside = read_beside(directory)
-    if not config.get("quantization_config") and not beside:
+    if not any(map(config.get, formats.KEYS)) and not beside:
         check_not_packed(directory, tensors)
         return report | {"format": None, "packed": None, "dense": dense_report(tensors)}
     reader = formats.reader_of(config, beside)

@@ -29,6 +29,7 @@ SAID = (
     ("dynamic",),
     ("pack_dtype",),
 )
+KEYS = ("quantization_config", "compression_config")  # of config.json; the second is an older name
 WRITERS = {module.NAME: module for module in (marlin, gptq, compressed_tensors)}
 MAIN_PARTS = {
     reader.main
@@ -42,6 +43,7 @@ MAIN_PARTS = {
 READABLE = "gptq, awq (gemm), compressed-tensors (pack-quantized) and marlin"
 
 __all__ = [
+    "KEYS",
     "MAIN_PARTS",
     "READABLE",
     "WRITERS",
@@ -64,7 +66,7 @@ def reader_of(config: dict, beside: dict | None = None) -> Reader:
     Raises:
         CheckpointError: no quantization, one that is not read, or two that disagree.
     """
-    main = config.get("quantization_config") or config.get("compression_config")  # older name
+    main = next(filter(None, map(config.get, KEYS)), None)
     values = merged(main, beside)
     if not values:
         raise CheckpointError("config.json has no quantization_config: the model is not quantized")

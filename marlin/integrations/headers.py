@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from marlin import shards
-from marlin.shards import CheckpointError, check_index, open_shard, read_index
+from marlin.shards import WEIGHTS, CheckpointError, check_index, open_shard, read_json
 
 INDEXES = "*.safetensors.index*.json"  # a variant has its name in there
 DTYPES = {
@@ -55,10 +55,11 @@ def read_headers(files: Iterable[str | Path] | None, source: str) -> dict[str, H
     if not found:
         raise CheckpointError("expected a checkpoint in safetensors files, got none")
     folder = paths[0].parent
-    for index in folder.glob(INDEXES):
-        claimed = read_index(folder, index.name)
-        # Else it is of other files beside.
-        if claimed is not None and set(claimed.values()) == {path.name for path in paths}:
+    loaded = {path.name for path in paths}
+    for index in folder.glob(INDEXES) if loaded != {WEIGHTS} else ():  # which is taken without one
+        claimed = read_json(index).get("weight_map")
+        # Else it is of other files beside, or what lies there by mistake.
+        if isinstance(claimed, dict) and loaded == {str(name) for name in claimed.values()}:
             check_index(folder, claimed, found)
     return {
         name: Header(folder / info.file, name, info.shape, DTYPES.get(info.dtype, info.dtype))

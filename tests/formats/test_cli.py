@@ -95,6 +95,19 @@ def test_info_of_what_is_no_checkpoint(source, tmp_path, capsys):
         assert err.startswith("marlin: error: ") and len(err.splitlines()) == 1
 
 
+def test_info_of_a_checkpoint_with_the_older_key(tmp_path, capsys):
+    parts_of, config, _ = FORMATS["compressed-tensors"]
+    directory = by.write_checkpoint(
+        tmp_path / "a", parts_of, by.llama_weights(zeros=(1, 15)), config
+    )
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(
+        text.replace("quantization_config", "compression_config")
+    )
+    status, out, _ = run(capsys, "info", directory)
+    assert status == 0 and "format      compressed-tensors" in out
+
+
 def test_convert(source, tmp_path, capsys):
     status, out, _ = run(capsys, "convert", source, tmp_path / "out", "--format", "marlin")
     assert status == 0 and "14 layers from gptq to marlin" in out and "note: " not in out

@@ -626,6 +626,17 @@ def test_links_that_are_as_they_should_be(subfolder, copy):
         assert path.read_text() == "free" and not path.is_symlink()
 
 
+def test_links_into_the_hubs_cache(copy):
+    """As older clients left them in the directory of `--local-dir`, for large files."""
+    directory = copy("gptq")
+    blobs = directory.parent / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for path in directory.glob("*.safetensors"):
+        shutil.move(path, blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    convert(directory, directory.parent / "target", "marlin")
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match="no such file or directory"):
         convert(tmp_path / "nothing", tmp_path / "target", "marlin")

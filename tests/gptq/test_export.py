@@ -179,3 +179,28 @@ def test_rounding_says_that_a_tokenizer_is_damaged(model, tmp_path, capsys):
     assert f"will have no tokenizer: {model}: no tokenizer; " in capsys.readouterr().out
     assert cli.main([*arguments, "--out", str(tmp_path / "b")]) == 2
     assert f"error: {model}: no tokenizer; " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_encoder_may_lack_its_pooler(tmp_path):
+    save("bert", tmp_path / "model")
+    state = tensors(tmp_path / "model")
+    pooler = [name for name in state if name.startswith("pooler.")]
+    assert pooler
+    rewrite(tmp_path / "model", {n: t for n, t in state.items() if n not in pooler})
+    assert export.load_model(str(tmp_path / "model"))
+
+
+def test_a_configuration_is_part_of_what_a_model_is(tmp_path):
+    save("llama", tmp_path / "model")
+    before = export.identity(str(tmp_path / "model"), None)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace("}", " }"))
+    assert export.identity(str(tmp_path / "model"), None) != before
+
+
+def test_an_index_beside_a_whole_file_is_not_looked_at(tmp_path):
+    save("llama", tmp_path / "model")
+    index = {"weight_map": {"x": "pytorch_model.bin"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model" / "adapter_model.bin").write_bytes(b"no adapter without its configuration")
+    assert export.load_model(str(tmp_path / "model"))

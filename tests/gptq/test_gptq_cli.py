@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from demo import steps
 from gptq import cli, evaluate, resume
 from marlin.checkpoint import load_pretrained
+from marlin.convert import convert
 from marlin.layer import MarlinLinear
 
 ROOT = Path(__file__).parents[2]
@@ -313,7 +314,7 @@ QUANTIZE = ("quantize", "{work}/model", "--out", "{work}/x")
         ((*QUANTIZE, "--sweeps", "-1"), "argument --sweeps: expected 0 or more, got -1"),
         (
             (*QUANTIZE, "--group-size", "32", "--skip", "*.q_proj", "--skip", "*.dwn_proj"),
-            "skip: expected a pattern that some linear layer's name matches, got '*.dwn_proj'",
+            "skip: expected a pattern that some module's name matches, got '*.dwn_proj'",
         ),
         (("quantize", "{work}/model", "--out", "{work}/text.txt/x"), "that can be written"),
         ((*QUANTIZE, "--group-size", "32", "--calibration", "{work}/latin.txt"), "text in UTF-8"),
@@ -367,6 +368,18 @@ def test_what_lies_there_is_not_replaced_without_asking(what, more, work, tmp_pa
         call(*arguments, "--overwrite")
     assert json.loads((out / "gptq_report.json").read_text())["method"] == "rtn"
     assert load_pretrained(out) and (what != "a file" or (out / "notes.txt").exists())
+
+
+@pytest.mark.parametrize("again", ["--resume", "--restart"])
+def test_a_conversion_is_no_checkpoint_of_its_run(again, work, tmp_path, capsys):
+    """It has the run's report, like all files that are not the model's."""
+    convert(work / "gptq", tmp_path / "out", "compressed-tensors")
+    assert (tmp_path / "out" / "gptq_report.json").exists()
+    before = (tmp_path / "out" / "config.json").read_text()
+    arguments = ["quantize", work / "model", "--out", tmp_path / "out", "--group-size", 32, again]
+    assert cli.main([*map(str, arguments), "--device", "cpu"]) == 2
+    assert "--out: expected a directory that is new or empty" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").read_text() == before
 
 
 def test_an_empty_directory_is_as_good_as_a_new_one(work, tmp_path):

@@ -112,7 +112,8 @@ def test_a_pattern_that_matches_nothing_is_an_error():
     for skip in (["*.down_proj", "*.dwn_proj"], ["*.dwn_proj"]):
         with pytest.raises(ValueError, match=r"^skip: .* got '\*\.dwn_proj'$"):
             make_plan(llama(), 64, skip=skip)
-    assert len(make_plan(llama(), 32, skip=["lm_head"]).all_targets()) == 3 * 7
+    for skip in ("lm_head", "model.embed_tokens", "*.input_layernorm"):
+        assert len(make_plan(llama(), 32, skip=[skip]).all_targets()) == 3 * 7
 
 
 def test_a_layer_that_hangs_in_two_places_is_one_target():

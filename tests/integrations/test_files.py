@@ -147,3 +147,10 @@ def test_variants(saved, tmp_path):
     index.write_text(index.read_text().replace('"model.norm.weight"', '"model.other.weight"'))
     with pytest.raises(CheckpointError, match="index and files disagree"):
         load(tmp_path / "30KB", variant="fp16")
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"x": "fp32/a.safetensors"}}', "{}"])
+def test_indexes_of_other_files_are_let_be(sharded, text):
+    directory, arguments = sharded
+    (directory / "model.safetensors.index.old.json").write_text(text)
+    load(directory, **arguments)
