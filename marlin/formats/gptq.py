@@ -193,8 +193,8 @@ def notes(config: dict) -> list[str]:
     found = []
     if not config["sym"]:
         found.append(
-            "it has zero points: vLLM and GPTQModel refuse those of a GPTQ checkpoint, unless "
-            "GPTQModel wrote it; --format compressed-tensors has them for vLLM, but no act-order"
+            "it has zero points: vLLM and GPTQModel refuse those of a GPTQ checkpoint (GPTQModel "
+            "takes its own); --format compressed-tensors has them for vLLM, but no act-order"
         )
     if "dynamic" in config:
         found.append(
