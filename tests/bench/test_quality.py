@@ -33,12 +33,17 @@ def directories(tmp_path_factory):
     return [str(folder / name) for name in ("llama", "bert")]
 
 
+debian = pytest.mark.skipif(
+    not quality_texts.LICENCES.is_dir(), reason=f"needs Debian's {quality_texts.LICENCES}"
+)
+
+
 @pytest.fixture
 def drawn():
     """Calibration samples by their seed."""
     documents = quality_texts.texts("usual").calibration
-    return lambda seed: quality_texts.calibration_samples(
-        documents, models.tokenizer(), 1000, 96, seed
+    return lambda seed: calibration.samples(
+        documents, models.tokenizer(), None, 96, seed, tokens=1000
     )
 
 
@@ -179,6 +184,7 @@ def test_the_readme_shows_the_main_rows_whatever_else_was_measured():
     }
 
 
+@debian
 def test_held_out_text_is_held_out():
     usual, other = quality_texts.texts("usual"), quality_texts.texts("other")
     assert sorted(usual.judged["reference"]) == sorted(calibration.pydoc_topics(held_out=True))
@@ -233,6 +239,7 @@ def test_rows_can_be_chosen(directories, tmp_path, capsys):
     assert "bench quality: --only: expected" in capsys.readouterr().err
 
 
+@debian
 def test_other_texts_calibrate_and_judge(directories, tmp_path, monkeypatch):
     monkeypatch.setattr(quality_subject, "QUICK_TOKENS", 300)
     monkeypatch.setattr(quality_subject, "SENTENCES", 12)
@@ -241,3 +248,12 @@ def test_other_texts_calibrate_and_judge(directories, tmp_path, monkeypatch):
     (path,) = tmp_path.glob("*/quality-other-texts-quick-chosen.json")
     llama, bert = json.loads(path.read_text())["judged"].values()
     assert set(llama) == {"licences", "code"} and set(bert) == {"licences"}
+
+
+def test_without_licences_a_line_says_so(directories, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality_texts, "LICENCES", tmp_path / "nothing")
+    quality_texts.texts.cache_clear()
+    argv = ["quality", "--quick", "--texts", "other", "--models", directories[0]]
+    assert cli.main([*argv, "--out", str(tmp_path)]) == 2
+    assert "--texts other: expected Debian's" in capsys.readouterr().err
+    quality_texts.texts.cache_clear()
