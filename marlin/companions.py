@@ -40,16 +40,16 @@ def check(path: Path, source: Path) -> None:
         return
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a file, got a link that leads to none")
-    roots = [source.resolve()]
-    for folder in (roots[0], *roots[0].parents):
-        if folder.parent.name == "snapshots":  # of the hub's cache: all its files are links
-            roots.append((folder.parents[1] / "blobs").resolve())
-    cached = path.resolve().parent
-    cached = cached.name == "blobs" and cached.parent.name.startswith("models--")  # `--local-dir`
-    if not cached and not any(path.resolve().is_relative_to(root) for root in roots):
+    target = path.resolve()
+    # Of the hub's cache, snapshots are all links to blobs, and older copies have some.
+    in_cache = any(
+        folder.name == "blobs" and folder.parent.name.startswith("models--")
+        for folder in target.parents
+    )
+    if not in_cache and not target.is_relative_to(source.resolve()):
         raise CheckpointError(
-            f"{path}: a link that leads out of the checkpoint, to {path.resolve()}; put a copy of "
-            "that in its place, or remove it"
+            f"{path}: a link that leads out of the checkpoint, to {target}; put a copy of that in "
+            "its place, or remove it"
         )
 
 
