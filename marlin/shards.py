@@ -20,6 +20,17 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 REPORTS = ("gptq_report.json", "gptq_report.md")  # how `marlin quantize` made it
 BESIDE = ("quantize_config.json", "quant_config.json")  # AutoGPTQ's and GPTQModel's; AutoAWQ's
+TOKENIZER = {  # what a tokenizer saves: of an old one nothing may mix with a new one's
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+}
 SAVING = ".saving-"
 LEFT = (SAVING, ".leaving-", ".previous-")  # folders that a save makes, a key of its own behind
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -61,7 +72,8 @@ def install(stage: Path, target: Path) -> None:
     called .leaving until all of the old is in it, then .previous: for `clear`.
     """
     new = {path.name for path in stage.iterdir()}
-    old = {path.name for path in target.iterdir() if path.name in new or belongs(path.name)}
+    replaced = {*new, *(TOKENIZER if new & TOKENIZER else ())}
+    old = {path.name for path in target.iterdir() if path.name in replaced or belongs(path.name)}
     _, leaving, previous = folders(target, stage.name.removeprefix(SAVING))
     leaving.mkdir()
     moves = [(target / name, leaving / name) for name in sorted(old, key=CONFIG.__ne__)]

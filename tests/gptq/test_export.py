@@ -204,3 +204,11 @@ def test_an_index_beside_a_whole_file_is_not_looked_at(tmp_path):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model" / "adapter_model.bin").write_bytes(b"no adapter without its configuration")
     assert export.load_model(str(tmp_path / "model"))
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
+    save("llama", tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    source = str(tmp_path / "model")
+    with pytest.raises(export.ModelError, match="found an adapter.*merge it"):
+        export.skeleton(source, export.load_config(source))

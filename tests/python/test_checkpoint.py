@@ -401,6 +401,23 @@ def test_saving_over_a_checkpoint_replaces_it_and_spares_other_files(damaged):
     assert load_pretrained(damaged).config.quantization_config["group_size"] == 64
 
 
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_new_tokenizer_takes_the_whole_old_ones_place(damaged, with_tokenizer):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            (Path(directory) / "tokenizer.json").write_text("new")
+
+    for name in ("tokenizer.json", "chat_template.jinja", "notes.txt"):
+        (damaged / name).write_text("old")
+    save_pretrained(make(group_size=64), damaged, Tokenizer() if with_tokenizer else None)
+    left = {
+        path.name: path.read_text() for path in damaged.iterdir() if path.suffix != ".safetensors"
+    }
+    assert left["notes.txt"] == "old"
+    assert left["tokenizer.json"] == ("new" if with_tokenizer else "old")
+    assert ("chat_template.jinja" in left) == (not with_tokenizer)
+
+
 def test_loading_survives_a_save_over_its_files(damaged):
     model = load_pretrained(damaged)
     expected = model(IDS)[0].clone()
