@@ -144,12 +144,15 @@ def add_quality(commands) -> None:
 
 
 def add_tune(commands) -> None:
-    parser = commands.add_parser("tune", help="find the fastest sm_90 configurations")
+    parser = commands.add_parser("tune", help="find the fastest configurations of an engine")
     add_common(parser, quick="two batch sizes")
+    parser.add_argument("--engine", choices=("sm90", "sm80"), default="sm90",
+                        help="sm80: that of 8.x cards, for which this GPU stands in (default: "
+                        "sm90)")  # fmt: skip
     parser.add_argument("--shapes", type=shape_list, metavar="KxN,…")
     parser.add_argument("--rows", type=int_list, metavar="M,…", help="batch sizes m")
-    parser.add_argument("--write", nargs="?", const="csrc/dispatch/sm90_table.def", metavar="FILE",
-                        help="write the selection table, by default where it belongs")  # fmt: skip
+    parser.add_argument("--write", action="store_true",
+                        help="make the engine's tables of csrc/dispatch from it")  # fmt: skip
     parser.set_defaults(module="tune")
 
 

@@ -1,14 +1,14 @@
-"""`tune`: which configuration of the sm_90 engine is fastest for each shape and batch size.
+"""`tune`: which configuration of an engine is fastest for each shape and batch size.
 
-Every candidate is timed briefly, those near the best again, the last few in the cold regime of
-`gemm` with their results checked. All of it is written as JSON; `--write` makes the selection
-tables of csrc/dispatch from it (bench/tune_tables.py). A run over some shapes or batch sizes keeps
-what the committed result has of the others.
+Of the sm_90 engine every candidate is timed briefly, those near the best again, the last few in the
+cold regime of `gemm` with their results checked. Of the sm_80 engine, whose cards this GPU stands
+in for, all are timed briefly, from which costs are fitted. All of it is written as JSON; `--write`
+makes the tables of csrc/dispatch from it (bench/tune_tables.py). A run over some shapes or batch
+sizes keeps what the committed result has of the others.
 """
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -17,7 +17,7 @@ from bench.incumbents import incumbents_on
 from bench.machine import describe_run, slug
 from bench.pools import Pools
 from bench.report import RESULTS, number, table, write_result
-from bench.tune_tables import DENSE, with_earlier, write_tables
+from bench.tune_tables import DENSE, RESULT, with_earlier, write_tables
 from marlin import host
 from marlin.testing.shapes import MODELS
 from marlin.testing.timing import (
@@ -31,6 +31,12 @@ from marlin.testing.timing import (
 
 # A row of the table holds up to its batch size; the first stands for decoding one token, too.
 ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+# Small to large, high and wide, and not so many as of Hopper: costs have four numbers a shape.
+SM80_SHAPES = (
+    (2048, 2048), (4096, 1024), (4096, 2048), (3584, 3584), (4096, 4096), (4096, 6144),
+    (5120, 5120), (11008, 4096), (4096, 12288), (8192, 8192), (4096, 22016), (16384, 16896),
+)  # fmt: skip
+SM80_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096)
 NET_ROWS = 512  # from which on the net is a candidate
 NET_SLICE_BYTES = 256 << 20  # more it may not take
 NEAR_BEST = 1.2  # of the brief timings, for a second one
@@ -93,6 +99,24 @@ def candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
     return names + [f"{DENSE}@{count}" for count in net_slices(k, n) if m >= NET_ROWS]
 
 
+def sm80_candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
+    """Names of configurations: of all tiles that are neither mostly empty nor far too low."""
+    return [
+        f"{name}@{runs}"
+        for name, shape in host.kernel_shapes().items()
+        if shape["engine"] == "sm80" and min(m // 8, 64) <= shape["rows"] <= max(16, 2 * m)
+        for runs in run_counts(shape, k, n, m, sm_count)
+    ]
+
+
+def survey(names: list[str], brief) -> dict[str, float]:
+    """us of all, best first; of those near the best the lesser of two timings."""
+    rough = {name: brief(name) for name in names}
+    near = NEAR_BEST * min(rough.values())
+    us = {name: min(us, brief(name)) if us <= near else us for name, us in rough.items()}
+    return dict(sorted(us.items(), key=lambda item: item[1]))
+
+
 def choose(names: list[str], brief, careful) -> dict[str, float]:
     """us of the finalists, best first; `brief` and `careful` time a configuration by its name.
 
@@ -127,16 +151,17 @@ def worth_a_long_try(name: str, shapes: dict) -> bool:
     return shape == DENSE or shapes[shape]["rows"] >= 128
 
 
-def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: list[str]) -> dict:
+def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], engine: str) -> dict:
     """us by configuration, best first."""
     k, n, m = cell
+    sm_count = torch.cuda.get_device_properties(0).multi_processor_count
     expected = floor_us(rates, m, k, n, pools.group_size)
     launches = max(BRIEF_US / expected, COLD_BYTES / packed_bytes(k, n))
     launches = max(2, round(min(launches, LONGEST_US / expected)))
 
     def brief(name: str) -> float:
         path = our_path(pools, rates, *cell, name)
-        graph = capture_path(pools, path, *cell, False, launches)
+        graph = capture_path(pools, path, *cell, engine == "sm80", launches)
         return time_graph(graph, launches, 2, idle_seconds=0.001, clock=False).median_us
 
     def careful(name: str) -> float:
@@ -149,6 +174,9 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], names: lis
         path = our_path(pools, rates, *cell, name)
         return time_path(pools, path, *cell, check, shared_graph_us([path])).median_us
 
+    if engine == "sm80":
+        return survey(sm80_candidates(*cell, sm_count), brief)
+    names = candidates(*cell, sm_count)
     if m >= LONG_ROWS:
         shapes = host.kernel_shapes()
         likely = [name for name in names if worth_a_long_try(name, shapes)]
@@ -161,34 +189,35 @@ def run(args) -> int:
     if args.quick and args.write:
         print("bench tune: expected --quick or --write, both came", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("bench tune: expected a Hopper GPU (the 8.x table is not tuned)", file=sys.stderr)
+    sm80 = args.engine == "sm80"
+    if not torch.cuda.is_available() or (torch.cuda.get_device_capability()[0] != 9 and not sm80):
+        print(f"bench tune: expected a {'' if sm80 else 'Hopper '}GPU", file=sys.stderr)
         return 2
     head = describe_run("cuda")
     gpu = head["device"]["name"]
     rates = known_rates(gpu) or FALLBACK_RATES
-    shapes = args.shapes or shapes_to_tune(gpu)
-    rows = args.rows or ((8, 64) if args.quick else ROWS)
+    shapes = args.shapes or (SM80_SHAPES if sm80 else shapes_to_tune(gpu))
+    rows = args.rows or ((8, 64) if args.quick else SM80_ROWS if sm80 else ROWS)
     cells = [(k, n, m) for k, n in shapes for m in rows]
     pools = Pools(cells, 128, torch.float16, dense=False)
     results = []
     with torch.inference_mode():
         for k, n, m in cells:
-            names = candidates(k, n, m, head["device"]["sm_count"])
-            us = tune_cell(pools, rates, (k, n, m), names)
+            us = tune_cell(pools, rates, (k, n, m), args.engine)
             floor = floor_us(rates, m, k, n, 128)
             results.append({"k": k, "n": n, "m": m, "us": us, "floor_us": floor,
                             "commit": head["commit"]})  # fmt: skip
-    committed = RESULTS / slug(gpu) / "tune.json"
+    result_name = RESULT[args.engine]
+    committed = RESULTS / slug(gpu) / f"{result_name}.json"
     partly = bool(args.shapes or args.rows) and not args.quick and committed.exists()
     kept = with_earlier(results, json.loads(committed.read_text())) if partly else results
     result = {"bench": "tune", "schema": 1, **head, "cells": kept}
-    path = write_result(result, "tune-quick" if args.quick else "tune", args.out)
+    path = write_result(result, f"{result_name}-quick" if args.quick else result_name, args.out)
     print(table(["k", "n", "m", "best", "us", "%floor"], [
         [r["k"], r["n"], r["m"], name := next(iter(r["us"])), number(r["us"][name], 1),
          number(100 * r["floor_us"] / r["us"][name], 0)] for r in results
     ]))  # fmt: skip
     print(f"\nwritten to {path}")
     if args.write:
-        print("and", *write_tables(kept, head, Path(args.write)))
+        print("and", *write_tables(args.engine, kept, head))
     return 0 if results else 1

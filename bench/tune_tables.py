@@ -1,6 +1,6 @@
 """The tables of csrc/dispatch that `tune` writes: what won, and what any launch costs.
 
-`python -m bench.tune_tables` makes both again from the committed result.
+`python -m bench.tune_tables` makes them again from the committed results.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from bench.report import RESULTS
 from marlin import host
 
-TABLE, COSTS = "sm90_table.def", "sm90_costs.def"
+TABLE = "sm90_table.def"
 DISPATCH = Path(__file__).resolve().parents[1] / "csrc/dispatch"
 DENSE = "dense"  # the net
 COLD_ROWS = 1024  # up to which launches are timed at the clock of a cold GPU
@@ -136,15 +136,28 @@ def costs_text(cells: list[dict], head: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_tables(cells: list[dict], head: dict, table: Path) -> list[Path]:
-    """Both, the second beside the first; returns where they are."""
-    costs = table.with_name(COSTS)
-    table.write_text(table_text(at_most_as_slow(cells), head))
-    costs.write_text(costs_text(cells, head))
-    return [table, costs]
+def sm90_table_text(cells: list[dict], head: dict) -> str:
+    return table_text(at_most_as_slow(cells), head)
+
+
+# By engine and file: how its text is made of a result's cells and head.
+TABLES = {
+    "sm90": {TABLE: sm90_table_text, "sm90_costs.def": costs_text},
+    "sm80": {"sm80_costs.def": costs_text},
+}
+RESULT = {"sm90": "tune", "sm80": "tune-sm80"}  # names of results
+
+
+def write_tables(engine: str, cells: list[dict], head: dict, folder: Path = DISPATCH) -> list[Path]:
+    """An engine's; returns where they are."""
+    paths = []
+    for name, text in TABLES[engine].items():
+        (folder / name).write_text(text(cells, head))
+        paths.append(folder / name)
+    return paths
 
 
 if __name__ == "__main__":
-    committed = json.loads((RESULTS / "nvidia-h200/tune.json").read_text())
-    cells = with_earlier([], committed)
-    print(*write_tables(cells, committed, DISPATCH / TABLE))
+    for engine, name in RESULT.items():
+        committed = json.loads((RESULTS / f"nvidia-h200/{name}.json").read_text())
+        print(*write_tables(engine, with_earlier([], committed), committed))

@@ -42,7 +42,12 @@ ISA_FLAGS = {
     "csrc/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
 
-SELECTION = ["csrc/dispatch/select.cpp", "csrc/dispatch/select_sm90.cpp"]
+SELECTION = [
+    "csrc/dispatch/costs.cpp",
+    "csrc/dispatch/select.cpp",
+    "csrc/dispatch/select_sm80.cpp",
+    "csrc/dispatch/select_sm90.cpp",
+]
 
 CPU_SOURCES = ["csrc/cpu/backend.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/isa_portable.cpp"]
 if platform.machine() in ("x86_64", "AMD64"):

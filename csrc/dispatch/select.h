@@ -21,6 +21,17 @@ KernelConfig select(const Problem& problem, const Device& device);
 // search, the model of costs three. `device` must outlive the thread.
 KernelConfig select_again(const Problem& problem, const Device& device);
 
+// Whether 16-bit weights can take the scales. FP16 has no room for BF16's, so these multiply sums.
+constexpr bool weights_hold_scales(const Problem& problem) {
+  return problem.per_column() || problem.activation == Dtype::kBF16 || problem.scale == Dtype::kF16;
+}
+
+// A shape by its name, of either engine; to be run once.
+std::optional<KernelConfig> find_shape(std::string_view name);
+
+// Whether a configuration fits the device and holds the problem's scales.
+bool can_run(const KernelConfig& config, const Problem& problem, const Device& device);
+
 // One CTA per SM with an equal share of the tiles; or so many runs that they end where slices do, where
 // that leaves at most a sixth of the SMs idle (sm_80 engine, 8192x8192, m = 1: 14.2 us with 128 runs,
 // 14.9 with 132). With more slices than SMs only what is left after whole slices is shared, so on Hopper

@@ -1,8 +1,8 @@
 #include "dispatch/select_sm90.h"
 
 #include <algorithm>
-#include <limits>
 
+#include "dispatch/costs.h"
 #include "dispatch/select.h"
 
 namespace marlin {
@@ -23,18 +23,6 @@ struct TunedRow {
 constexpr int kTunedSms = 132;
 constexpr TunedRow kTuned[] = {
 #include "dispatch/sm90_table.def"
-};
-
-// What any launch of a shape costs, in us: a part for the launch, for each tile that its busiest run works
-// on, for each slice that this begins or ends in, and for each further run that shares the last of them.
-struct CostRow {
-  std::string_view shape;
-  double launch, tile, segment, sharer;
-
-  constexpr double us(const BusiestRun& run) const {
-    return launch + tile * static_cast<double>(run.tiles) +
-           segment * static_cast<double>(run.segments) + sharer * (run.sharers - 1);
-  }
 };
 
 constexpr CostRow kCosts[] = {
@@ -70,43 +58,18 @@ const TunedRow* measured(const Problem& problem) {
   return nullptr;
 }
 
-// Of all shapes, each in even splits of its slices, in whole waves of them, and with a run for every SM.
-KernelConfig cheapest(const Problem& problem, const Device& device) {
-  KernelConfig best;
-  double least = std::numeric_limits<double>::infinity();
-  for (const CostRow& row : kCosts) {
-    KernelConfig config{Engine::kSm90, sm90_index(row.shape)};
-    const int64_t at_once = device.sm_count / ctas_of_run(config);
-    if (at_once == 0) continue;
-    const Partition whole = partition_of(problem, config);
-    const int64_t most = std::clamp<int64_t>(whole.tiles(), 1, at_once);
-    const auto consider = [&](int64_t runs) {
-      if (runs > most) return;
-      config.runs = static_cast<int>(runs);
-      const double us = row.us(busiest_run(partition_of(problem, config)));
-      if (us >= least) return;
-      least = us;
-      best = config;
-    };
-    consider(most);
-    for (int split : {1, 2, 3, 4, 6, 8}) consider(whole.slices * split);
-    const int64_t waves = (whole.slices + most - 1) / most;
-    consider((whole.slices + waves - 1) / waves);
-  }
-  return best;
-}
-
 }  // namespace
 
-KernelConfig select_sm90(const Problem& problem, const Device& device) {
-  const TunedRow* row = device.sm_count == kTunedSms ? measured(problem) : nullptr;
-  if (row == nullptr) return cheapest(problem, device);
-  if (row->dense()) return {Engine::kDense, 0, row->runs};
-  const KernelConfig config{Engine::kSm90, sm90_index(row->shape), row->runs};
-  Problem tuned = problem;
-  tuned.m = row->m;
-  const bool as_measured = row_tiles(tuned, config) == row_tiles(problem, config);
-  return as_measured ? config : cheapest(problem, device);
+std::optional<KernelConfig> select_sm90(const Problem& problem, const Device& device) {
+  if (const TunedRow* row = device.sm_count == kTunedSms ? measured(problem) : nullptr) {
+    if (row->dense()) return KernelConfig{Engine::kDense, 0, row->runs};
+    const KernelConfig config{Engine::kSm90, sm90_index(row->shape), row->runs};
+    Problem tuned = problem;
+    tuned.m = row->m;
+    const bool as_measured = row_tiles(tuned, config) == row_tiles(problem, config);
+    if (as_measured && can_run(config, problem, device)) return config;
+  }
+  return cheapest(kCosts, problem, device);
 }
 
 }  // namespace marlin

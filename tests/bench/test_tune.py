@@ -33,6 +33,33 @@ def test_candidates_are_configurations_of_this_problem(k, n, m):
     assert (m >= tune.NET_ROWS) == any(name.startswith(tune_tables.DENSE) for name in names)
 
 
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize("m", tune.SM80_ROWS)
+def test_candidates_for_8x_cards(k, n, m):
+    """Enough of them, also for cards with less shared memory, and none that is mostly empty."""
+    names = tune.sm80_candidates(k, n, m, 132)
+    shapes = {name.split("@")[0]: host.kernel_shapes()[name.split("@")[0]] for name in names}
+    assert len(set(names)) == len(names) and len(shapes) >= 3
+    assert sum(shape["shared_bytes"] <= 99 * 1024 for shape in shapes.values()) >= 2
+    assert all(shape["engine"] == "sm80" for shape in shapes.values())
+    assert all(shape["rows"] <= max(16, 2 * m) for shape in shapes.values())
+
+
+def test_a_survey_keeps_all_and_repeats_the_best():
+    calls = []
+
+    def brief(name):
+        calls.append(name)
+        return {"a": 10.0, "b": 11.0, "c": 30.0}[name] - 2 * (calls.count(name) > 1)
+
+    assert list(tune.survey(["c", "b", "a"], brief).items()) == [
+        ("a", 8.0),
+        ("b", 9.0),
+        ("c", 30.0),
+    ]
+    assert calls == ["c", "b", "a", "b", "a"]
+
+
 def test_few_slices_are_tried_without_a_split():
     """n = 512 at 192 rows: 12 tiles of 64 x 128, one CTA each, two, or four."""
     names = tune.candidates(3584, 512, 192, 132)
@@ -114,12 +141,14 @@ def test_a_quick_run_makes_no_table(capsys):
     assert "expected --quick or --write" in capsys.readouterr().err
 
 
-def test_the_committed_tables_are_what_tune_writes(tmp_path):
+@pytest.mark.parametrize("engine", tune_tables.TABLES)
+def test_the_committed_tables_are_what_tune_writes(tmp_path, engine):
     """From the committed result, whose shapes exist."""
-    result = json.loads((ROOT / "bench/results/nvidia-h200/tune.json").read_text())
+    name = tune_tables.RESULT[engine]
+    result = json.loads((ROOT / f"bench/results/nvidia-h200/{name}.json").read_text())
     cells = tune_tables.with_earlier([], result)
     assert [cell["us"] for cell in cells] == [cell["us"] for cell in result["cells"]]
-    for path in tune_tables.write_tables(cells, result, tmp_path / tune_tables.TABLE):
+    for path in tune_tables.write_tables(engine, cells, result, tmp_path):
         assert path.read_text() == (tune_tables.DISPATCH / path.name).read_text()
 
 

@@ -87,16 +87,16 @@ def test_every_row_of_the_table_is_selected():
     assert len(first) > 200 and any(name.startswith("dense") for name in first.values())
 
 
-COSTS = TABLE.with_name("sm90_costs.def")
-
-
-@pytest.mark.parametrize("sm_count", [132, 114, 78])
-def test_what_was_not_measured_takes_what_should_cost_least(sm_count):
-    """Of every shape, split evenly or in stripes; on other GPUs measured layers, too."""
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, 163 * 1024, GPUS["H200"][2]])
+@pytest.mark.parametrize("sm_count", [132, 114, 72])
+def test_what_was_not_measured_takes_what_should_cost_least(shared_bytes, sm_count):
+    """Of every shape that fits, split evenly or in stripes; on other Hopper GPUs measured layers, too."""
+    engine, major = ("sm90", 9) if shared_bytes == GPUS["H200"][2] else ("sm80", 8)
     row = r'^\{"(\w+)", ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\}'
-    costs = {name: tuple(map(float, us)) for name, *us in re.findall(row, COSTS.read_text(), re.M)}
-    shapes = host.kernel_shapes()
-    assert set(costs) == {name for name, shape in shapes.items() if shape["engine"] == "sm90"}
+    text = TABLE.with_name(f"{engine}_costs.def").read_text()
+    costs = {name: tuple(map(float, us)) for name, *us in re.findall(row, text, re.M)}
+    shapes = {n: s for n, s in host.kernel_shapes().items() if s["engine"] == engine}
+    assert set(costs) == set(shapes)
 
     def us(name, runs, m, n, k):
         shape = shapes[name]
@@ -106,17 +106,17 @@ def test_what_was_not_measured_takes_what_should_cost_least(sm_count):
         return launch + tile * work[0] + segment * work[1] + sharer * (work[2] - 1)
 
     layers = [(6144, 6144), (2048, 8192), (7168, 18432), (1024, 64)]
-    for (k, n), m in itertools.product(
-        layers + [(4096, 4096)] * (sm_count != 132), (1, 50, 256, 1500, 9000)
-    ):
-        chosen, runs = host.select(m, n, k, 128, sm_count, GPUS["H200"][2], 9).split("@")
+    if (engine, sm_count) != ("sm90", 132):
+        layers.append((4096, 4096))
+    for (k, n), m in itertools.product(layers, (1, 50, 256, 1500, 9000)):
+        chosen, runs = host.select(m, n, k, 128, sm_count, shared_bytes, major).split("@")
         least = us(chosen, int(runs), m, n, k)
         for name, shape in shapes.items():
             most = max(1, sm_count // shape["twins"])
             slices = -(-n // shape["columns"]) * -(-m // shape["rows"])
             most = min(most, slices * -(-k // shape["depth"]))
             for candidate in {most, *(slices * split for split in (1, 2, 4))}:
-                if name in costs and candidate <= most:
+                if shape["shared_bytes"] <= shared_bytes and candidate <= most:
                     assert least <= us(name, candidate, m, n, k) + 1e-9, (name, candidate)
 
 

@@ -210,5 +210,5 @@ def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
     save("llama", tmp_path / "model")
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     source = str(tmp_path / "model")
-    with pytest.raises(export.ModelError, match="found an adapter.*merge it"):
+    with pytest.raises(export.ModelError, match=r"found an adapter.*merge it"):
         export.skeleton(source, export.load_config(source))
