@@ -33,8 +33,8 @@ from marlin.testing.timing import (
 ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 # Small to large, high and wide, and not so many as of Hopper: costs have four numbers a shape.
 SM80_SHAPES = (
-    (2048, 2048), (4096, 1024), (4096, 2048), (3584, 3584), (4096, 4096), (4096, 6144),
-    (5120, 5120), (11008, 4096), (4096, 12288), (8192, 8192), (4096, 22016), (16384, 16896),
+    (2048, 2048), (3584, 3584), (4096, 1024), (4096, 2048), (4096, 4096), (4096, 6144),
+    (4096, 12288), (4096, 22016), (5120, 5120), (8192, 8192), (11008, 4096), (16384, 16896),
 )  # fmt: skip
 SM80_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096)
 NET_ROWS = 512  # from which on the net is a candidate
@@ -114,7 +114,7 @@ def survey(names: list[str], brief) -> dict[str, float]:
     rough = {name: brief(name) for name in names}
     near = NEAR_BEST * min(rough.values())
     us = {name: min(us, brief(name)) if us <= near else us for name, us in rough.items()}
-    return dict(sorted(us.items(), key=lambda item: item[1]))
+    return {name: round(us, 2) for name, us in sorted(us.items(), key=lambda item: item[1])}
 
 
 def choose(names: list[str], brief, careful) -> dict[str, float]:

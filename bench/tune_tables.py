@@ -3,6 +3,7 @@
 `python -m bench.tune_tables` makes them again from the committed results.
 """
 
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -123,10 +124,10 @@ def _non_negative(shares: np.ndarray) -> np.ndarray:
         kept.pop(int(solved.argmin()))
 
 
-def costs_text(cells: list[dict], head: dict) -> str:
+def costs_text(cells: list[dict], head: dict, options: str = "--write") -> str:
     """C++ rows: what a launch of each shape costs."""
     lines = [
-        f"// {head['device']['name']}: fitted by `python -m bench tune --write` to its",
+        f"// {head['device']['name']}: fitted by `python -m bench tune {options}` to its",
         f"// timings of up to {COLD_ROWS} rows. Shape; us of a launch, a tile, a segment, a",
         "// sharer; timings, and by how much they differ (rms).",
     ]
@@ -143,7 +144,7 @@ def sm90_table_text(cells: list[dict], head: dict) -> str:
 # By engine and file: how its text is made of a result's cells and head.
 TABLES = {
     "sm90": {TABLE: sm90_table_text, "sm90_costs.def": costs_text},
-    "sm80": {"sm80_costs.def": costs_text},
+    "sm80": {"sm80_costs.def": functools.partial(costs_text, options="--engine sm80 --write")},
 }
 RESULT = {"sm90": "tune", "sm80": "tune-sm80"}  # names of results
 

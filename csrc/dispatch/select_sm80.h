@@ -7,8 +7,8 @@
 
 namespace marlin {
 
-// What should cost least by what timings of 12 weights on an H200, which stands in for cards of 8.x, say
-// together (sm80_costs.def).
+// What should cost least by what timings on an H200, which stands in for cards of 8.x, say together
+// (sm80_costs.def).
 KernelConfig select_sm80(const Problem& problem, const Device& device);
 
 }  // namespace marlin

@@ -90,7 +90,7 @@ def test_every_row_of_the_table_is_selected():
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 163 * 1024, GPUS["H200"][2]])
 @pytest.mark.parametrize("sm_count", [132, 114, 72])
 def test_what_was_not_measured_takes_what_should_cost_least(shared_bytes, sm_count):
-    """Of every shape that fits, split evenly or in stripes; on other Hopper GPUs measured layers, too."""
+    """Of every shape that fits, in even splits or stripes; without a table measured layers, too."""
     engine, major = ("sm90", 9) if shared_bytes == GPUS["H200"][2] else ("sm80", 8)
     row = r'^\{"(\w+)", ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\}'
     text = TABLE.with_name(f"{engine}_costs.def").read_text()
