@@ -75,22 +75,32 @@ class Solution:
 
 
 def rtn(
-    weight: Tensor, group_size: int, *, clip: bool = False, full_range: bool = False
+    weight: Tensor,
+    group_size: int,
+    *,
+    clip: bool = False,
+    full_range: bool = False,
+    importance: Tensor | None = None,
 ) -> Solution:
     """Round every weight to the nearest code; by default under absmax scales.
 
     weight: (k, n) floating. group_size: a divisor of k, or -1 for one group per output.
     clip, full_range: of ``grid.candidate_scales`` take those of least squared error.
+    importance: (k,), what an input's squared error counts in that; all alike by default.
     Raises ValueError for anything else.
     """
     weight, group = _checked(weight, group_size)
+    if importance is None:
+        importance = weight.new_ones(len(weight))
+    if importance.shape != (len(weight),):
+        raise ValueError(f"importance: expected ({len(weight)},), got {tuple(importance.shape)}")
     groups = weight.unflatten(0, (-1, group))
     candidates = grid.candidate_scales(groups, clip=clip, full_range=full_range)
     scales = candidates[0]
     if len(candidates) > 1:
-        even = weight.new_ones(group)
+        counts = importance.to(weight).unflatten(0, (-1, group))
         losses = [
-            grid.rounding_losses(groups[i], candidates[:, i], even) for i in range(len(groups))
+            grid.rounding_losses(groups[i], candidates[:, i], counts[i]) for i in range(len(groups))
         ]
         scales = grid.cheapest(candidates, torch.stack(losses, dim=1))
     codes = grid.encode(groups, scales[:, None]).flatten(0, 1)

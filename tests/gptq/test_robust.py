@@ -64,13 +64,22 @@ def test_float64_when_no_damping_helps_float32(monkeypatch):
     assert attempt.loss < attempt.rtn_loss
 
 
-def test_full_range_rounding_when_nothing_helps():
+def test_clipped_rounding_when_nothing_helps():
+    """By what each input counts, of which a damaged H still has the diagonal."""
     weight, hessian = problem()
     hessian[3, 3] = -3.0  # no second-moment matrix at all
     (attempt,) = robust.solve([weight], hessian, 200, 32)
-    assert attempt.method == "full-range rtn"
+    assert attempt.method == "clipped rtn"
     assert "with damping 1 of its mean diagonal in torch.float64" in attempt.note
-    assert torch.equal(attempt.solution.codes, solver.rtn(weight, 32, full_range=True).codes)
+    energy = hessian.diagonal().clamp(min=0)
+
+    def error(**options):
+        rounded = solver.rtn(weight, 32, **options).dequantize()
+        return (energy @ (weight - rounded.to(weight)).square()).sum()
+
+    chosen = {"clip": True, "full_range": True, "importance": energy}
+    assert torch.equal(attempt.solution.codes, solver.rtn(weight, 32, **chosen).codes)
+    assert error(**chosen) < error(clip=True, full_range=True) < error(full_range=True) < error()
 
 
 def test_full_range_rounding_when_tokens_are_few():

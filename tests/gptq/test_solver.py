@@ -367,3 +367,8 @@ def test_output_losses_are_shares_of_the_outputs_energy():
 def test_bad_input_is_refused(weight, hessian, group_size, message):
     with pytest.raises(ValueError, match=message):
         solver.gptq(weight, hessian, group_size)
+
+
+def test_importance_is_one_number_an_input():
+    with pytest.raises(ValueError, match=r"importance: expected \(64,\), got \(32,\)"):
+        solver.rtn(torch.randn(64, 8), 32, clip=True, importance=torch.ones(32))
