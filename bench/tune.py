@@ -99,12 +99,13 @@ def candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
     return names + [f"{DENSE}@{count}" for count in net_slices(k, n) if m >= NET_ROWS]
 
 
-def sm80_candidates(k: int, n: int, m: int, sm_count: int) -> list[str]:
-    """Names of configurations: of all tiles that are neither mostly empty nor far too low."""
+def sm80_candidates(k: int, n: int, m: int, sm_count: int, shared_bytes: int) -> list[str]:
+    """Names of configurations: all tiles that fit and are neither mostly empty nor far too low."""
     return [
         f"{name}@{runs}"
         for name, shape in host.kernel_shapes().items()
-        if shape["engine"] == "sm80" and min(m // 8, 64) <= shape["rows"] <= max(16, 2 * m)
+        if shape["engine"] == "sm80" and shape["shared_bytes"] <= shared_bytes
+        if min(m // 16, 48) <= shape["rows"] <= max(16, 2 * m)
         for runs in run_counts(shape, k, n, m, sm_count)
     ]
 
@@ -154,7 +155,7 @@ def worth_a_long_try(name: str, shapes: dict) -> bool:
 def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], engine: str) -> dict:
     """us by configuration, best first."""
     k, n, m = cell
-    sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+    gpu = torch.cuda.get_device_properties(0)
     expected = floor_us(rates, m, k, n, pools.group_size)
     launches = max(BRIEF_US / expected, COLD_BYTES / packed_bytes(k, n))
     launches = max(2, round(min(launches, LONGEST_US / expected)))
@@ -175,8 +176,9 @@ def tune_cell(pools: Pools, rates: Rates, cell: tuple[int, int, int], engine: st
         return time_path(pools, path, *cell, check, shared_graph_us([path])).median_us
 
     if engine == "sm80":
-        return survey(sm80_candidates(*cell, sm_count), brief)
-    names = candidates(*cell, sm_count)
+        fitting = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+        return survey(sm80_candidates(*cell, *fitting), brief)
+    names = candidates(*cell, gpu.multi_processor_count)
     if m >= LONG_ROWS:
         shapes = host.kernel_shapes()
         likely = [name for name in names if worth_a_long_try(name, shapes)]

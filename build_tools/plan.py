@@ -44,9 +44,8 @@ ISA_FLAGS = {
 
 SELECTION = [
     "csrc/dispatch/costs.cpp",
+    "csrc/dispatch/measured.cpp",
     "csrc/dispatch/select.cpp",
-    "csrc/dispatch/select_sm80.cpp",
-    "csrc/dispatch/select_sm90.cpp",
 ]
 
 CPU_SOURCES = ["csrc/cpu/backend.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/isa_portable.cpp"]

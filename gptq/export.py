@@ -57,10 +57,10 @@ def skeleton(source: str, config) -> PreTrainedModel:
     """The model without its weights (on the meta device): enough to plan with, at once. Experts
     are taken apart, as in ``load_model(..., apart=True)``.
 
-    Raises ModelError for what is quantized already, has an adapter beside it, which transformers
-    would put around the layers, or is unknown to transformers.
+    Raises ModelError for what is quantized already, is unknown to transformers, or, in a directory,
+    has an adapter beside it, which transformers would put around the layers.
     """
-    if _names(Path(source), ADAPTER_CONFIG):
+    if _names(Path(_location(source)["pretrained_model_name_or_path"]), ADAPTER_CONFIG):
         raise ModelError(
             f"{source}: expected a model by itself, found an adapter ({ADAPTER_CONFIG}); merge it "
             "into the model, with peft's merge_and_unload(), or move it elsewhere"

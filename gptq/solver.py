@@ -86,14 +86,17 @@ def rtn(
 
     weight: (k, n) floating. group_size: a divisor of k, or -1 for one group per output.
     clip, full_range: of ``grid.candidate_scales`` take those of least squared error.
-    importance: (k,), what an input's squared error counts in that; all alike by default.
+    importance: (k,) from 0 on, what an input's squared error counts in that; all alike by default.
     Raises ValueError for anything else.
     """
     weight, group = _checked(weight, group_size)
     if importance is None:
         importance = weight.new_ones(len(weight))
-    if importance.shape != (len(weight),):
-        raise ValueError(f"importance: expected ({len(weight)},), got {tuple(importance.shape)}")
+    if importance.shape != (len(weight),) or not (importance >= 0).all():
+        raise ValueError(
+            f"importance: expected ({len(weight)},) numbers from 0 on, got "
+            f"{tuple(importance.shape)}, the least {importance.min().item():.3g}"
+        )
     groups = weight.unflatten(0, (-1, group))
     candidates = grid.candidate_scales(groups, clip=clip, full_range=full_range)
     scales = candidates[0]

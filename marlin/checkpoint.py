@@ -56,7 +56,8 @@ def save_pretrained(model, directory, tokenizer=None, max_shard_size: int | str 
     """Writes a model with Marlin layers as a checkpoint that `load_pretrained` reads.
 
     Everything is written to a folder of its own and renamed into place at the end: a save that
-    is interrupted leaves what was there. Files of other kinds in the directory stay in it.
+    is interrupted leaves what was there. Files of other kinds in the directory stay in it, an old
+    tokenizer's only if none is given.
 
     Args:
         model: a `transformers.PreTrainedModel` with at least one Marlin layer.

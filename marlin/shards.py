@@ -24,7 +24,10 @@ TOKENIZER = {  # what a tokenizer saves: of an old one nothing may mix with a ne
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
+    "additional_chat_templates",  # a folder
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "core/types.h"
@@ -42,7 +43,7 @@ struct NamedShape {
   CtaShape shape;
 };
 
-// kernel/instances/ compiles each of these; dispatch/select.cpp chooses among them.
+// kernel/instances/ compiles each of these; dispatch/costs.cpp chooses among them.
 inline constexpr std::array kSm80Shapes{
     NamedShape{"8x128x64x4", {8, 1, 2, 64, 4, 4}},
     NamedShape{"8x128x128x4", {8, 1, 2, 128, 4, 3}},
@@ -154,6 +155,15 @@ struct KernelConfig {
 
   constexpr bool operator==(const KernelConfig&) const = default;
 };
+
+// A shape by its name, of either engine; to be run once.
+constexpr std::optional<KernelConfig> find_shape(std::string_view name) {
+  if (const size_t index = sm80_index(name); index < kSm80Shapes.size())
+    return KernelConfig{Engine::kSm80, index};
+  if (const size_t index = sm90_index(name); index < kSm90Shapes.size())
+    return KernelConfig{Engine::kSm90, index};
+  return std::nullopt;
+}
 
 // CTAs of a run.
 constexpr int ctas_of_run(const KernelConfig& config) {

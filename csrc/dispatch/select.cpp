@@ -4,8 +4,8 @@
 #include <array>
 #include <charconv>
 
-#include "dispatch/select_sm80.h"
-#include "dispatch/select_sm90.h"
+#include "dispatch/costs.h"
+#include "dispatch/measured.h"
 #include "format/shared_memory.h"
 #include "format/weight_words.h"
 
@@ -17,8 +17,6 @@ constexpr int64_t kDenseTileStrips = 256 / kTileColumns;  // of cuBLAS, at its w
 // Rows of X that CTAs read together: with 132 tiles of 256 x 128 at a time, as many bytes of X come from
 // memory as of W. (H200, 8192x8192, 4096 rows: 737 us; in one group of all rows 814.)
 constexpr int kRasterRows = 1024;
-// Of the sm_90 engine; with more, scales multiply weights.
-constexpr int64_t kMostRowsOfMmaSync = 16;
 
 std::optional<int> parse_number(std::string_view digits) {
   int value = 0;
@@ -37,18 +35,13 @@ std::optional<KernelConfig> select_like(std::string_view limits, const Problem& 
   const auto bytes = parse_number(limits.substr(colon + 1));
   if (!sm_count || !bytes || *sm_count < 1 || *bytes > device.shared_bytes_per_block)
     return std::nullopt;
-  return select(problem, {8, 0, *sm_count, *bytes});
+  const Device other{8, 0, *sm_count, *bytes};
+  const KernelConfig config = select(problem, other);
+  if (!can_run(config, problem, other)) return std::nullopt;
+  return config;
 }
 
 }  // namespace
-
-std::optional<KernelConfig> find_shape(std::string_view name) {
-  if (const size_t index = sm80_index(name); index < kSm80Shapes.size())
-    return KernelConfig{Engine::kSm80, index};
-  if (const size_t index = sm90_index(name); index < kSm90Shapes.size())
-    return KernelConfig{Engine::kSm90, index};
-  return std::nullopt;
-}
 
 bool can_run(const KernelConfig& config, const Problem& problem, const Device& device) {
   if (config.engine == Engine::kDense) return dense_holds_scales(problem);
@@ -105,10 +98,8 @@ int64_t dense_slice_strips(const Problem& problem, int slices) {
 }
 
 KernelConfig select(const Problem& problem, const Device& device) {
-  const bool engine_holds_scales = weights_hold_scales(problem) || problem.m <= kMostRowsOfMmaSync;
-  if (device.sm90_engine && engine_holds_scales)
-    if (const auto config = select_sm90(problem, device)) return *config;
-  return select_sm80(problem, device);
+  const auto config = measured(problem, device);
+  return config ? *config : cheapest(problem, device);
 }
 
 KernelConfig select_again(const Problem& problem, const Device& device) {

@@ -26,9 +26,6 @@ constexpr bool weights_hold_scales(const Problem& problem) {
   return problem.per_column() || problem.activation == Dtype::kBF16 || problem.scale == Dtype::kF16;
 }
 
-// A shape by its name, of either engine; to be run once.
-std::optional<KernelConfig> find_shape(std::string_view name);
-
 // Whether a configuration fits the device and holds the problem's scales.
 bool can_run(const KernelConfig& config, const Problem& problem, const Device& device);
 

@@ -23,7 +23,7 @@ class WeightScales;
 template <>
 class WeightScales<__half> {
  public:
-  // The scales of the next rows of W. FP16 (nothing else fits: dispatch/select.cpp).
+  // The scales of the next rows of W. FP16 (nothing else fits: can_run).
   template <int kBatches>
   __device__ void take(const Chunk& scales, Dtype, Sums<kBatches>& sums) {
     uint32_t changed = 0;

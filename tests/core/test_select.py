@@ -110,6 +110,7 @@ def test_what_was_not_measured_takes_what_should_cost_least(shared_bytes, sm_cou
         layers.append((4096, 4096))
     for (k, n), m in itertools.product(layers, (1, 50, 256, 1500, 9000)):
         chosen, runs = host.select(m, n, k, 128, sm_count, shared_bytes, major).split("@")
+        assert shapes[chosen]["shared_bytes"] <= shared_bytes
         least = us(chosen, int(runs), m, n, k)
         for name, shape in shapes.items():
             most = max(1, sm_count // shape["twins"])
@@ -118,6 +119,30 @@ def test_what_was_not_measured_takes_what_should_cost_least(shared_bytes, sm_cou
             for candidate in {most, *(slices * split for split in (1, 2, 4))}:
                 if shape["shared_bytes"] <= shared_bytes and candidate <= most:
                     assert least <= us(name, candidate, m, n, k) + 1e-9, (name, candidate)
+
+
+def test_where_scales_must_multiply_sums_both_engines_shapes_compete():
+    """FP16 rows and BF16 scales on Hopper: its own shapes for few rows or small weights (4096x1024,
+    64 rows: 5.8 us, the other engine's best 8.1), never those that scale weights."""
+    shapes, engines = host.kernel_shapes(), {}
+    layers = [(4096, 1024), (3584, 3584), (4096, 4096), (8192, 28672)]
+    for (k, n), m in itertools.product(layers, (1, 16, 32, 64, 256, 4096)):
+        args = (m, n, k, 128, 132, GPUS["H200"][2], 9)
+        shape = shapes[host.select(*args, bf16_scales=True).split("@")[0]]
+        assert shape["scales_sums"]
+        assert host.select(*args, bf16_scales=True, bf16_rows=True) == host.select(
+            *args, bf16_rows=True
+        )
+        engines[k, n, m] = shape["engine"]
+    assert engines[4096, 1024, 64] == engines[3584, 3584, 32] == engines[8192, 28672, 1] == "sm90"
+    assert engines[8192, 28672, 256] == engines[4096, 4096, 4096] == "sm80"
+
+
+def test_measured_shapes_that_do_not_fit_are_not_taken():
+    """A Hopper GPU with as many SMs as the one that was measured, and less shared memory."""
+    for m in (1, 64, 512, 4096):
+        name = host.select(m, 4096, 4096, 128, 132, 120 * 1024, 9).split("@")[0]
+        assert host.kernel_shapes()[name]["shared_bytes"] <= 120 * 1024
 
 
 def test_names_say_the_shape():

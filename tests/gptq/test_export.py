@@ -209,6 +209,8 @@ def test_an_index_beside_a_whole_file_is_not_looked_at(tmp_path):
 def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
     save("llama", tmp_path / "model")
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
-    source = str(tmp_path / "model")
-    with pytest.raises(export.ModelError, match=r"found an adapter.*merge it"):
-        export.skeleton(source, export.load_config(source))
+    (tmp_path / "model" / "weights.gguf").touch()
+    config = export.load_config(str(tmp_path / "model"))
+    for source in (tmp_path / "model", tmp_path / "model" / "weights.gguf"):
+        with pytest.raises(export.ModelError, match=r"found an adapter.*merge it"):
+            export.skeleton(str(source), config)

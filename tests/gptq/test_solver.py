@@ -369,6 +369,7 @@ def test_bad_input_is_refused(weight, hessian, group_size, message):
         solver.gptq(weight, hessian, group_size)
 
 
-def test_importance_is_one_number_an_input():
-    with pytest.raises(ValueError, match=r"importance: expected \(64,\), got \(32,\)"):
-        solver.rtn(torch.randn(64, 8), 32, clip=True, importance=torch.ones(32))
+@pytest.mark.parametrize("wrong", [torch.ones(32), -torch.ones(64), torch.full((64,), torch.nan)])
+def test_importance_is_one_number_an_input(wrong):
+    with pytest.raises(ValueError, match=r"importance: expected \(64,\) numbers from 0 on, got"):
+        solver.rtn(torch.randn(64, 8), 32, clip=True, importance=wrong)

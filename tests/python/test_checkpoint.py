@@ -409,13 +409,13 @@ def test_a_new_tokenizer_takes_the_whole_old_ones_place(damaged, with_tokenizer)
 
     for name in ("tokenizer.json", "chat_template.jinja", "notes.txt"):
         (damaged / name).write_text("old")
+    (damaged / "additional_chat_templates").mkdir()
+    (damaged / "additional_chat_templates" / "tool_use.jinja").write_text("old")
     save_pretrained(make(group_size=64), damaged, Tokenizer() if with_tokenizer else None)
-    left = {
-        path.name: path.read_text() for path in damaged.iterdir() if path.suffix != ".safetensors"
-    }
-    assert left["notes.txt"] == "old"
-    assert left["tokenizer.json"] == ("new" if with_tokenizer else "old")
-    assert ("chat_template.jinja" in left) == (not with_tokenizer)
+    assert (damaged / "notes.txt").read_text() == "old"
+    assert (damaged / "tokenizer.json").read_text() == ("new" if with_tokenizer else "old")
+    for name in ("chat_template.jinja", "additional_chat_templates"):
+        assert (damaged / name).exists() == (not with_tokenizer)
 
 
 def test_loading_survives_a_save_over_its_files(damaged):

@@ -1,8 +1,7 @@
-#include "dispatch/select_sm90.h"
+#include "dispatch/measured.h"
 
 #include <algorithm>
 
-#include "dispatch/costs.h"
 #include "dispatch/select.h"
 
 namespace marlin {
@@ -25,15 +24,9 @@ constexpr TunedRow kTuned[] = {
 #include "dispatch/sm90_table.def"
 };
 
-constexpr CostRow kCosts[] = {
-#include "dispatch/sm90_costs.def"
-};
-
 constexpr bool every_shape_exists() {
   for (const TunedRow& row : kTuned)
     if (!row.dense() && sm90_index(row.shape) == kSm90Shapes.size()) return false;
-  for (const CostRow& row : kCosts)
-    if (sm90_index(row.shape) == kSm90Shapes.size()) return false;
   return true;
 }
 static_assert(every_shape_exists());
@@ -48,8 +41,8 @@ int64_t tuned_batch(int64_t m) {
   return next == 0 ? largest : next;
 }
 
-// The first row that was measured with this weight and that the problem can take, or nullptr.
-const TunedRow* measured(const Problem& problem) {
+// The first row of this weight that the problem can take, or nullptr.
+const TunedRow* row_of(const Problem& problem) {
   const int64_t batch = tuned_batch(problem.m);
   for (const TunedRow& row : kTuned)
     if (row.k == problem.k && row.n == problem.n && row.m == batch &&
@@ -60,16 +53,17 @@ const TunedRow* measured(const Problem& problem) {
 
 }  // namespace
 
-std::optional<KernelConfig> select_sm90(const Problem& problem, const Device& device) {
-  if (const TunedRow* row = device.sm_count == kTunedSms ? measured(problem) : nullptr) {
-    if (row->dense()) return KernelConfig{Engine::kDense, 0, row->runs};
-    const KernelConfig config{Engine::kSm90, sm90_index(row->shape), row->runs};
-    Problem tuned = problem;
-    tuned.m = row->m;
-    const bool as_measured = row_tiles(tuned, config) == row_tiles(problem, config);
-    if (as_measured && can_run(config, problem, device)) return config;
-  }
-  return cheapest(kCosts, problem, device);
+std::optional<KernelConfig> measured(const Problem& problem, const Device& device) {
+  if (!device.sm90_engine || device.sm_count != kTunedSms) return std::nullopt;
+  const TunedRow* row = row_of(problem);
+  if (row == nullptr) return std::nullopt;
+  if (row->dense()) return KernelConfig{Engine::kDense, 0, row->runs};
+  const KernelConfig config{Engine::kSm90, sm90_index(row->shape), row->runs};
+  Problem tuned = problem;
+  tuned.m = row->m;
+  const bool as_measured = row_tiles(tuned, config) == row_tiles(problem, config);
+  if (!as_measured || !can_run(config, problem, device)) return std::nullopt;
+  return config;
 }
 
 }  // namespace marlin
