@@ -6,7 +6,7 @@ input's error weighted by its energy, H's diagonal. What does not fit on the GPU
 CPU.
 
 Layers that saw too few tokens for their H to mean anything (experts that the router starved) are
-rounded too, under scales of either sign that do not clip: whole models rounded so lose 6 to 44 %
+rounded too, under scales of either sign that do not clip: whole models rounded so lose 5 to 44 %
 less than with plain scales, while clipping without H, which has the least squared error, can cost a
 language model twice as much (``bench quality``).
 """

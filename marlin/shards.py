@@ -231,9 +231,9 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     return found
 
 
-def read_index(directory: Path, name: str = INDEX) -> dict[str, str] | None:
+def read_index(directory: Path) -> dict[str, str] | None:
     """Each tensor's file as the index has it, None if there is no index."""
-    path = directory / name
+    path = directory / INDEX
     if not path.is_file():
         return None
     claimed = read_json(path).get("weight_map")
